@@ -1,0 +1,36 @@
+# Each target sets up what it needs by itself, in .venv: `make quickstart` is all a newcomer types.
+PYTHON ?= python3
+WORKDIR ?= runs/quickstart
+RUN := .venv/bin/python
+
+quickstart: .venv/plots.done  ## train, evaluate and report on real digits
+	$(RUN) -m infsub.main --config=configs/quickstart.py --workdir=$(WORKDIR)
+
+test: .venv/dev.done  ## the tests
+	$(RUN) -m pytest -n 2
+
+lint: .venv/dev.done  ## formatting, lint, types
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m pyright
+
+bench: .venv/dev.done  ## benchmarks: run them on an otherwise idle machine
+	$(RUN) tests/benchmarks/run.py
+
+.venv/bin/uv:
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet 'uv>=0.8,<1'
+
+# uv keeps the environment exactly as uv.lock says; --inexact leaves uv itself in place.
+.venv/plots.done: .venv/bin/uv pyproject.toml uv.lock
+	.venv/bin/uv sync --quiet --frozen --inexact --extra plots
+	touch $@
+
+.venv/dev.done: .venv/bin/uv pyproject.toml uv.lock
+	.venv/bin/uv sync --quiet --frozen --inexact --extra plots --extra dev
+	touch $@
+
+clean:  ## everything that can be made again, except runs/
+	rm -rf .venv dist .pytest_cache .ruff_cache
+
+.PHONY: quickstart test lint bench clean

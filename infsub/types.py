@@ -1,0 +1,129 @@
+"""The objects that travel between modules: shapes, aliases, nothing that computes.
+
+Letters: N datapoints, B block, K samples or chains, D latent dimensions, X pixels, T temperatures.
+Everything is in nats and for ONE datapoint; `vmap` adds the leading axes.
+
+A function that travels (a likelihood, a sampler) is a `jax.tree_util.Partial`: its code is structure,
+the arrays bound to it are arguments. So objects made anew for each datapoint pass through jit, vmap
+and scan, and a new value of a parameter never compiles anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.tree_util import Partial
+
+Array = jax.Array
+Key = jax.Array
+Params = Any
+LogDensity = Callable[[Array], Array]  # z [D] -> []
+Sampler = Callable[[Key], tuple[Array, Array]]  # key -> (z [D], log_q [])
+
+
+def as_partial(function: Callable[..., Any]) -> Partial:
+    """`function` as a pytree: its bound arrays are leaves, its code is structure."""
+    return function if isinstance(function, Partial) else Partial(function)
+
+
+def positive_int(name: str, value: Any) -> int:
+    """`value` as an int, or a ValueError that names the argument."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < 1:
+        raise ValueError(f"{name} must be a positive integer; got {value!r}")
+    return int(value)
+
+
+@jax.tree_util.register_pytree_node_class
+class Target:
+    """The unnormalised posterior of one datapoint, p(z) p(x|z) for a fixed x.
+
+    Attributes:
+      log_prior: z [D] -> [], natural log, normalised; None is N(0, I).
+      log_likelihood: z [D] -> [], log p(x|z), natural log, normalised over x.
+      latent_dim: D.
+
+    Raises:
+      TypeError: a density is not callable.
+      ValueError: latent_dim is not a positive integer.
+    """
+
+    log_prior: LogDensity | None
+    log_likelihood: LogDensity
+    latent_dim: int
+
+    def __init__(
+        self, log_prior: LogDensity | None, log_likelihood: LogDensity, latent_dim: int
+    ) -> None:
+        if log_prior is not None and not callable(log_prior):
+            raise TypeError(
+                f"log_prior must be a function of z [D], or None for N(0, I); got {log_prior!r}"
+            )
+        if not callable(log_likelihood):
+            raise TypeError(f"log_likelihood must be a function of z [D]; got {log_likelihood!r}")
+        self.log_prior = None if log_prior is None else as_partial(log_prior)
+        self.log_likelihood = as_partial(log_likelihood)
+        self.latent_dim = positive_int("latent_dim", latent_dim)
+
+    def tree_flatten(self) -> tuple[tuple[Any, Any], int]:
+        return (self.log_prior, self.log_likelihood), self.latent_dim
+
+    @classmethod
+    def tree_unflatten(cls, latent_dim: int, children: tuple[Any, Any]) -> Target:
+        target = object.__new__(cls)  # no checks: jax unflattens with placeholders
+        target.log_prior, target.log_likelihood = children
+        target.latent_dim = latent_dim
+        return target
+
+
+class Gaussian(NamedTuple):
+    """A factorised Gaussian over z.
+
+    Attributes:
+      mean: [D].
+      scale: [D], standard deviations, positive.
+    """
+
+    mean: Array
+    scale: Array
+
+
+class Estimate(NamedTuple):
+    """A number that bounds log p(x), and what one may know about it. Fields that do not apply are NaN.
+
+    Attributes:
+      log_px: [], the bound in nats.
+      standard_error: [], Monte Carlo standard error of `log_px` in nats.
+      ess: [], effective sample size of the importance weights, (Σw)² / Σw², between 1 and K.
+      acceptance: [], mean acceptance probability of the HMC transitions.
+      log_weights: [K], log importance weights; NaN [1] where they were streamed and not kept.
+    """
+
+    log_px: Array
+    standard_error: Array
+    ess: Array
+    acceptance: Array
+    log_weights: Array
+
+
+class Posterior(NamedTuple):
+    """A family of approximate posteriors; the same object serves amortised and local inference.
+
+    Attributes:
+      init: key -> params, {"encoded": …, "shared": …}. An encoder outputs the "encoded" part for
+        each datapoint, the "shared" part is one set of weights for all of them; local optimisation
+        fits both to a single datapoint.
+      sample: (key, params) -> (z [D], log_q []). log_q is normalised, or, for a family with an
+        auxiliary variable, log q(z, v) − log r(v|z), whose importance weights are still unbiased.
+    """
+
+    init: Callable[[Key], Params]
+    sample: Callable[[Key, Params], tuple[Array, Array]]
+
+
+class UserError(Exception):
+    """A mistake of the user's, told in one sentence: what was given, what is wanted, what to do.
+
+    The command line prints it without a traceback and exits with code 2.
+    """
