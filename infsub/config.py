@@ -1,0 +1,239 @@
+"""Every setting of a run, its default, and what makes two runs the same run.
+
+A config file's `get_config(arg)` starts from `default()` and changes fields; variants are arguments
+(`configs/paper.py:dataset=fashion_mnist,posterior=auxiliary`), read by `variant`.
+Imports nothing heavy: `--help`, `--mode=status` and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from infsub.types import UserError
+
+Config = Any  # a ConfigDict: its fields have no static types
+
+# What cannot change a weight: how often we look, where files lie, and what is measured afterwards.
+NOT_IDENTITY = (
+    "data.dir",
+    "init_from",  # the source's own identity stands in for its path
+    "train.checkpoint_seconds",
+    "train.keep_last",
+    "train.picture_every",
+    "evaluate",
+    "report",
+)
+
+CHOICES = {
+    "data.binarisation": ("threshold", "dynamic"),
+    "model.encoder.kind": ("mlp", "conv"),
+    "model.decoder.kind": ("mlp", "conv"),
+    "init_parts": ("all", "decoder"),
+    "train.objective": ("elbo", "iwae"),
+    "train.schedule": ("constant", "cosine", "burda"),
+    "train.annealing": ("none", "entropy", "kl"),
+    "train.freeze": ("none", "encoder", "decoder"),
+    "train.criterion": ("elbo", "iwae"),
+}
+
+AT_LEAST_ONE = (
+    "model.latent_dim",
+    "train.num_epochs",
+    "train.batch_size",
+    "train.num_samples",
+    "train.num_seeds",
+    "train.validate_every",
+    "train.validation_samples",
+    "train.keep_last",
+)
+
+
+def default() -> Config:
+    """Every field with its default; locked, so that a misspelt one is an error, not a new field."""
+    network = {
+        "kind": "mlp",  # mlp | conv (4x4 kernels, stride 2, batch norm)
+        "hidden": (200, 200),  # widths, or channels of conv; () is a linear map
+        "activation": "elu",  # elu | relu | tanh | sigmoid
+        "init": "xavier_uniform",  # xavier_uniform | xavier_normal | gaussian
+    }
+    config = {
+        "seed": 0,
+        "data": {
+            "name": "mnist5k",  # binarized_mnist | mnist | fashion_mnist | cifar10 | mnist5k
+            "dir": "",  # the TFDS directory; "" is TFDS's own default
+            "binarisation": "threshold",  # threshold (at 0.5) | dynamic (drawn anew each time)
+            "levels": 2,  # grey levels a channel: 2 is Bernoulli, more is discretised logistic
+        },
+        "model": {
+            "latent_dim": 50,
+            "encoder": copy.deepcopy(network),
+            "decoder": copy.deepcopy(network),
+            "posterior": {"name": "gaussian"},  # other fields are arguments of the family's maker
+        },
+        "init_from": "",  # a run's workdir: start from its weights
+        "init_parts": "all",  # all | decoder: what to take from it
+        "train": {
+            "num_epochs": 100,
+            "batch_size": 100,
+            "num_samples": 1,  # Monte Carlo samples a datapoint
+            "objective": "elbo",  # elbo | iwae (of num_samples)
+            "schedule": "constant",  # constant | cosine | burda (1e-3·10^(−i/7) for 3^i epochs)
+            "learning_rate": 1e-3,  # at the first step
+            "adam_epsilon": 1e-4,  # the authors' setting; Adam(0.9, 0.999)
+            "gradient_clip": 0.0,  # largest global norm of the gradient; 0: none
+            "annealing": "none",  # none | entropy: w·log q | kl: w·(log p(z) − log q)
+            "annealing_epochs": 0,  # w rises linearly from 0 to 1 over so many epochs
+            "freeze": "none",  # none | encoder | decoder: stays bit for bit as it is
+            "num_seeds": 1,  # models trained at once, seeds seed, seed + 1, …
+            "max_skipped": 100,  # non-finite steps skipped before the run stops
+            "validate_every": 1,  # epochs
+            "validation_samples": 10,  # a datapoint
+            "criterion": "elbo",  # elbo | iwae: on validation data, chooses the best checkpoint
+            "patience": 0,  # epochs without improvement before stopping; 0: never stop early
+            "checkpoint_seconds": 30.0,
+            "keep_last": 3,  # checkpoints, beside the best one
+            "keep_every": 0,  # epochs: checkpoints kept for good, to follow the gaps; 0: none
+            "picture_every": 10,  # epochs
+        },
+        "evaluate": {
+            "split": "train",  # train | validation | test
+            "per_class": 10,  # class-balanced points; 0: `first` points instead
+            "first": 0,  # the first n points; 0 with per_class=0: all
+            "indices_file": "",  # a file of indices into the split, one a line
+            "block_size": 0,  # datapoints a dispatch; 0: chosen for the device
+            "checkpoint": "best",  # best | last | epoch_<n>
+            "elbo_samples": 1000,
+            "iwae_samples": 5000,
+            "ais": {
+                "num_chains": 16,
+                "num_temperatures": 100,
+                "num_leapfrog": 10,
+                "schedule": "linear",
+                "start": "posterior",  # posterior: from q(z|x) | prior
+                "adaptation": "pilot",  # pilot | authors
+            },
+            "local": {
+                "families": ("gaussian",),
+                "preset": "fast",  # fast | authors
+            },
+            "bdmc": {"num_points": 0},  # simulated points for the certificate; 0: none
+        },
+        "report": {},
+    }
+    return ConfigDict(config).lock()
+
+
+def variant(arg: str | None, **defaults: str) -> dict[str, str]:
+    """The `name=value,name=value` of a config argument over its defaults.
+
+    Raises:
+      UserError: an argument that is not among `defaults`.
+    """
+    values = dict(defaults)
+    for item in filter(None, (arg or "").split(",")):
+        name, equals, value = item.partition("=")
+        if not equals or name not in defaults:
+            known = ", ".join(f"{n}={v}" for n, v in defaults.items())
+            raise UserError(f"config argument {item!r} is not known; the arguments are {known}.")
+        values[name] = value
+    return values
+
+
+def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every field, in order of name."""
+    if not isinstance(config, dict | ConfigDict):
+        yield prefix, config
+        return
+    for name in sorted(config):
+        yield from flatten(config[name], f"{prefix}.{name}" if prefix else name)
+
+
+def check(config: Config) -> None:
+    """Values that no part of the program could use.
+
+    Raises:
+      UserError: names the field, what was given and what is wanted.
+    """
+    values = dict(flatten(config))
+    for name, choices in CHOICES.items():
+        if values[name] not in choices:
+            raise UserError(
+                f"config.{name} is {values[name]!r}; it must be one of {', '.join(choices)}."
+            )
+    for name in AT_LEAST_ONE:
+        if values[name] < 1:
+            raise UserError(f"config.{name} is {values[name]!r}; it must be at least 1.")
+    if config.train.freeze == "decoder" and not config.init_from:
+        raise UserError(
+            "config.train.freeze=decoder would freeze an untrained decoder; "
+            "give config.init_from=WORKDIR, a run to take the decoder from."
+        )
+    if config.train.annealing != "none" and config.train.annealing_epochs < 1:
+        raise UserError(
+            f"config.train.annealing={config.train.annealing} needs config.train.annealing_epochs "
+            "of at least 1."
+        )
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """The config as plain JSON values, tuples as lists."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def from_json(values: dict[str, Any]) -> Config:
+    """The inverse of `to_json`; fields that were added since take their defaults."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return tuple(plain(v) for v in value) if isinstance(value, list) else value
+
+    config = default().unlock()
+    config.update(plain(values))
+    return config.lock()
+
+
+def identified(config: Config, data_identity: str, init_identity: str = "") -> dict[str, Any]:
+    """The fields that a run's weights depend on, with what stands for its data and its start."""
+    fields = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in flatten(config)
+        if not any(name == skip or name.startswith(f"{skip}.") for skip in NOT_IDENTITY)
+    }
+    return fields | {"data identity": data_identity, "initial weights": init_identity}
+
+
+def identity(config: Config, data_identity: str, init_identity: str = "") -> str:
+    """A hash of all that a run's weights depend on: runs with one hash have the same weights."""
+    fields = identified(config, data_identity, init_identity)
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """`identified` fields that differ, each as one phrase."""
+    absent = "nothing"
+    return [
+        f"{name} is {there.get(name, absent)!r} there and {here.get(name, absent)!r} here"
+        for name in sorted(there | here)
+        if there.get(name, absent) != here.get(name, absent)
+    ]
+
+
+def runs(config: Config, workdir: Path) -> list[tuple[Config, Path]]:
+    """The runs of one seed each that a config stands for: itself, or workdir/seed_0 and so on."""
+    num_seeds = config.train.num_seeds
+    if num_seeds == 1:
+        return [(config, workdir)]
+    members = []
+    for i in range(num_seeds):
+        member = config.copy_and_resolve_references()
+        member.seed, member.train.num_seeds = config.seed + i, 1
+        members.append((member, workdir / f"seed_{i}"))
+    return members
