@@ -50,3 +50,48 @@ def bernoulli_logits(x: Array, logits: Array) -> Array:
     Its gradient in the logits is x − sigmoid(l), computed without forming the value.
     """
     return jnp.sum(x * logits - _softplus(logits))
+
+
+def normal_log_scale(x: Array, mean: Array, log_scale: Array) -> Array:
+    """log N(x; mean, exp(2 log_scale)) of independent pixels, any shape -> []."""
+    noise = (x - mean) * jnp.exp(-log_scale)
+    return standard_normal(noise) - jnp.sum(jnp.broadcast_to(log_scale, noise.shape))
+
+
+def _bounded(log_scale: Array) -> Array:
+    # e⁻⁷ is 1/4 of the narrowest bin (256 levels) and e⁷ is flat: no image needs more, and beyond
+    # them float32's bin widths vanish and gradients explode (Salimans et al. 2017, PixelCNN++).
+    return jnp.clip(log_scale, -7.0, 7.0)
+
+
+def discretized_logistic(x: Array, mean: Array, log_scale: Array, num_levels: int) -> Array:
+    """log P(x) of independent levels, a logistic in bins, any shape -> [] (PixelCNN++, §2.1).
+
+    Level k of L lies at v = 2k/(L−1) − 1 and its bin is v ± 1/(L−1), open at k = 0 and k = L − 1:
+    P(k) = σ(a) − σ(b), a, b = (v ± 1/(L−1) − mean) / s, s = exp(log_scale kept in [−7, 7]), as
+    log P = log σ(a) + log σ(−b) + log(1 − exp(b − a)), in which nothing cancels.
+
+    Args:
+      x: levels 0 … L − 1, as floats.
+      mean: of x's shape, on a scale where the levels run from −1 to 1.
+      log_scale: of x's shape.
+      num_levels: L, at least 2.
+    """
+    log_scale = _bounded(log_scale)
+    inverse_scale = jnp.exp(-log_scale)
+    # One formula of an integer, so a bin's upper edge is bit for bit the next one's lower.
+    upper = ((2 * x + 1) / (num_levels - 1) - 1 - mean) * inverse_scale
+    lower = ((2 * x - 1) / (num_levels - 1) - 1 - mean) * inverse_scale
+    first, last = x <= 0, x >= num_levels - 1
+    log_width = jnp.log(-jnp.expm1(-2 / (num_levels - 1) * inverse_scale))
+    return jnp.sum(
+        jnp.where(first | last, 0.0, log_width)
+        - jnp.where(last, 0.0, _softplus(-upper))
+        - jnp.where(first, 0.0, _softplus(lower))
+    )
+
+
+def sample_discretized_logistic(key: Key, mean: Array, log_scale: Array, num_levels: int) -> Array:
+    """A draw x of `discretized_logistic`: a logistic variate, rounded to the nearest level."""
+    v = mean + jnp.exp(_bounded(log_scale)) * jax.random.logistic(key, mean.shape, mean.dtype)
+    return jnp.clip(jnp.round((v + 1) / 2 * (num_levels - 1)), 0, num_levels - 1)
