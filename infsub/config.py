@@ -31,7 +31,24 @@ NOT_IDENTITY = (
     "report",
 )
 
+# Amortised families that take features h(x) get them: without, their flow would never see x.
+POSTERIORS: dict[str, dict[str, Any]] = {
+    "gaussian": {},
+    "full_gaussian": {},
+    "planar": {"num_steps": 2},
+    "sylvester": {"num_steps": 2, "num_reflections": 8},
+    "rnvp": {"num_steps": 2, "hidden": (200,), "context_dim": 50},
+    "auxiliary": {
+        "num_steps": 2,
+        "hidden": (200,),
+        "auxiliary_hidden": (200, 200),
+        "context_dim": 50,
+    },
+    "hamiltonian": {"num_steps": 2, "auxiliary_hidden": (200, 200), "context_dim": 50},
+}
+
 CHOICES = {
+    "model.posterior.name": tuple(POSTERIORS),
     "data.binarisation": ("threshold", "dynamic"),
     "model.encoder.kind": ("mlp", "conv"),
     "model.decoder.kind": ("mlp", "conv"),
@@ -75,7 +92,7 @@ def default() -> Config:
             "latent_dim": 50,
             "encoder": copy.deepcopy(network),
             "decoder": copy.deepcopy(network),
-            "posterior": {"name": "gaussian"},  # other fields are arguments of the family's maker
+            "posterior": {"name": "gaussian"},  # see `posterior`
         },
         "init_from": "",  # a run's workdir: start from its weights
         "init_parts": "all",  # all | decoder: what to take from it
@@ -146,6 +163,15 @@ def variant(arg: str | None, **defaults: str) -> dict[str, str]:
     return values
 
 
+def posterior(name: str, **options: Any) -> Config:
+    """`config.model.posterior` of a family; options are its maker's arguments (posteriors.py)."""
+    if name not in POSTERIORS:
+        raise UserError(
+            f"config.model.posterior.name is {name!r}; it must be one of {', '.join(POSTERIORS)}."
+        )
+    return ConfigDict({"name": name} | POSTERIORS[name] | options)
+
+
 def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted name, value) of every field, in order of name."""
     if not isinstance(config, dict | ConfigDict):
@@ -155,12 +181,14 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield from flatten(config[name], f"{prefix}.{name}" if prefix else name)
 
 
-def check(config: Config) -> None:
-    """Values that no part of the program could use.
+def resolve(config: Config) -> Config:
+    """A locked copy in which every field has its value.
 
     Raises:
-      UserError: names the field, what was given and what is wanted.
+      UserError: a value that no part of the program could use: the field, and what is wanted.
     """
+    config = config.copy_and_resolve_references().unlock()
+    config.model.posterior = posterior(**config.model.posterior)
     values = dict(flatten(config))
     for name, choices in CHOICES.items():
         if values[name] not in choices:
@@ -180,6 +208,7 @@ def check(config: Config) -> None:
             f"config.train.annealing={config.train.annealing} needs config.train.annealing_epochs "
             "of at least 1."
         )
+    return config.lock()
 
 
 def to_json(config: Config) -> dict[str, Any]:

@@ -1,0 +1,188 @@
+"""Checkpoints that survive `kill -9`: orbax writes aside and renames; a checksum tells when read.
+
+A checkpoint is a flat dict of arrays, {"variables/encoder/params/…": …}, and a SHA-256 of them all:
+nothing of it is code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from infsub import config as configs
+from infsub import records
+from infsub.types import UserError
+from infsub.vae import Variables, make_vae
+
+_CHECKSUM = "sha256"
+
+
+class Checkpoints:
+    """The checkpoints of one run, `directory`/<step>.
+
+    Args:
+      directory: made when missing.
+      keep_last: newest checkpoints that are kept, beside the best one.
+      keep_every: steps; checkpoints at its multiples are kept for good; 0: none.
+    """
+
+    def __init__(self, directory: Path, keep_last: int = 3, keep_every: int = 0) -> None:
+        import orbax.checkpoint as ocp
+
+        self._directory = directory
+        self._keep_last, self._keep_every = keep_last, keep_every
+        self._writer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+        self._save_args = ocp.args.PyTreeSave
+        self._best = -1
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints that were written to their end, ascending."""
+        return steps(self._directory)
+
+    def save(self, step: int, tree: Any, best_step: int) -> None:
+        """Writes `tree` as it is now, in the background; the checkpoint of `best_step` is kept."""
+        self.wait()  # one write at a time; what it made superfluous goes first
+        path = self._directory / f"{step:08d}"
+        if path.exists():
+            return
+        self._directory.mkdir(exist_ok=True)
+        # Copies: the training step is about to reuse the device's buffers.
+        arrays = {name: np.array(leaf) for name, leaf in _flatten(tree).items() if leaf.size}
+        arrays[_CHECKSUM] = _checksum(arrays)
+        self._writer.save(path.absolute(), args=self._save_args(arrays))
+        self._best = best_step
+
+    def wait(self) -> None:
+        """Returns when the last `save` is on disk and superseded checkpoints are gone."""
+        self._writer.wait_until_finished()
+        present = self.steps()
+        kept = {self._best, *present[-self._keep_last :]}
+        for step in present:
+            if step not in kept and not (self._keep_every and step % self._keep_every == 0):
+                _remove(self._directory / f"{step:08d}")
+
+    def restore(self, template: Any, step: int) -> Any | None:
+        """The tree of `step`, like `template`; None, with a warning, when it is damaged."""
+        path = self._directory / f"{step:08d}"
+        try:
+            return read(path, template)
+        except _Damaged as error:
+            logging.warning("%s; falling back to the one before.", error)
+            os.replace(path, path.with_suffix(".damaged"))
+            return None
+
+    def clean(self, last_step: int) -> None:
+        """Removes what a killed process left half done, and checkpoints after `last_step`."""
+        for path in self._directory.glob("*"):
+            newer = path.name.isdigit() and int(path.name) > last_step
+            if newer or ".orbax-checkpoint-tmp" in path.name or path.suffix == ".removed":
+                _remove(path)
+
+    def close(self) -> None:
+        """Waits for the last write and stops the writer."""
+        self.wait()
+        self._writer.close()
+
+
+class _Damaged(Exception):
+    pass
+
+
+def steps(directory: Path) -> list[int]:
+    """Steps of the finished checkpoints in a directory, ascending; needs no orbax."""
+    return sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit())
+
+
+def read(path: Path, template: Any) -> Any:
+    """The checkpoint at `path` as numpy arrays in the structure of `template`.
+
+    Leaves that the checkpoint has and the template has not are left out.
+
+    Raises:
+      UserError: the arrays are whole and do not fit the template.
+    """
+    import orbax.checkpoint as ocp
+
+    try:
+        with ocp.PyTreeCheckpointer() as reader:
+            arrays = reader.restore(path.absolute())
+        whole = np.array_equal(arrays.pop(_CHECKSUM), _checksum(arrays))
+    except Exception as error:  # a truncated file ends in any of a dozen errors of tensorstore's
+        reason = str(error).partition("\n")[0][:120]
+        raise _Damaged(f"checkpoint {path} cannot be read ({reason})") from error
+    if not whole:
+        raise _Damaged(f"checkpoint {path} is damaged: its checksum does not match")
+    wanted = _flatten(template)
+    for name, leaf in wanted.items():
+        if leaf.size and (name not in arrays or arrays[name].shape != leaf.shape):
+            found = arrays[name].shape if name in arrays else "nothing"
+            raise UserError(
+                f"weights in {path} do not fit: {name} is {found} there and {leaf.shape} here."
+            )
+    leaves = [arrays.get(name, np.zeros(leaf.shape, leaf.dtype)) for name, leaf in wanted.items()]
+    return jax.tree.unflatten(jax.tree.structure(template), leaves)
+
+
+def load_variables(workdir: str | Path, which: str = "best") -> tuple[Variables, int]:
+    """The VAE's variables, numpy arrays, and the step they were saved at.
+
+    Args:
+      workdir: of a run of one seed.
+      which: "best" on validation data, "last", or "epoch_<n>", one that train.keep_every kept.
+
+    Raises:
+      UserError: no run, no such checkpoint, or a damaged one.
+    """
+    run = records.read_run(Path(workdir))
+    directory = Path(workdir) / "checkpoints"
+    present = steps(directory)
+    if not present:
+        raise UserError(f"{workdir} has no checkpoint yet: run it with --mode=train first.")
+    vae = make_vae(configs.from_json(run["config"]).model, run["image_shape"], run["levels"])
+    variables = jax.eval_shape(vae.init, jax.random.key(0))
+    try:
+        match which.partition("_"):
+            case ("last", "", ""):
+                step = present[-1]
+            case ("best", "", ""):
+                best = {"progress": {"best_step": np.zeros((), np.int64)}}
+                newest = read(directory / f"{present[-1]:08d}", best)
+                step = int(newest["progress"]["best_step"])
+            case ("epoch", "_", n) if n.isdigit():
+                step = int(n) * run["steps_per_epoch"]
+            case _:
+                raise UserError(f"checkpoint {which!r} is not known; give best, last or epoch_<n>.")
+        if step not in present:
+            have = ", ".join(f"epoch_{s // run['steps_per_epoch']}" for s in present)
+            raise UserError(f"{workdir} has no checkpoint {which}; it has {have}.")
+        return read(directory / f"{step:08d}", {"variables": variables})["variables"], step
+    except _Damaged as error:
+        raise UserError(f"{error}; the training command run again makes it anew.") from error
+
+
+def _flatten(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
+
+
+def _checksum(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = arrays[name]
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return np.frombuffer(digest.digest(), np.uint8)
+
+
+def _remove(path: Path) -> None:
+    # Renamed first: a kill in the middle of the removal must not leave half a checkpoint.
+    gone = path if path.suffix == ".removed" else path.with_suffix(".removed")
+    os.replace(path, gone)
+    shutil.rmtree(gone, ignore_errors=True)
