@@ -1,0 +1,28 @@
+"""Where a variational autoencoder's inference loses its nats: the public API."""
+
+from infsub import posteriors
+from infsub.ais import ais, ais_with_info
+from infsub.bdmc import bdmc, reverse_ais
+from infsub.bounds import elbo, iwae
+from infsub.datapoints import map_datapoints
+from infsub.local import LocalResult, optimize_local
+from infsub.types import Estimate, Gaussian, Posterior, Target
+
+# The functions `ais` and `bdmc` are named like the modules they live in: they are bound here, after
+# those modules are loaded, so `infsub.ais(…)` is always the function.
+__all__ = [
+    "Estimate",
+    "Gaussian",
+    "LocalResult",
+    "Posterior",
+    "Target",
+    "ais",
+    "ais_with_info",
+    "bdmc",
+    "elbo",
+    "iwae",
+    "map_datapoints",
+    "optimize_local",
+    "posteriors",
+    "reverse_ais",
+]

@@ -98,6 +98,8 @@ class Estimate(NamedTuple):
       ess: [], effective sample size of the importance weights, (Σw)² / Σw², between 1 and K.
       acceptance: [], mean acceptance probability of the HMC transitions.
       log_weights: [K], log importance weights; NaN [1] where they were streamed and not kept.
+      pareto_k: [], shape of the weights' upper tail; above 0.7 neither `log_px` nor its standard
+        error can be believed (Vehtari et al. 2024, arXiv 1507.02646).
     """
 
     log_px: Array
@@ -105,6 +107,7 @@ class Estimate(NamedTuple):
     ess: Array
     acceptance: Array
     log_weights: Array
+    pareto_k: Array
 
 
 class Posterior(NamedTuple):

@@ -1,0 +1,361 @@
+"""Annealed importance sampling with HMC transitions (Neal 2001; Wu et al. 2017).
+
+A pilot run, with a key of its own, finds the step sizes (and, if asked, the schedule); the
+measuring run keeps them frozen. So its kernels leave π_β invariant and E[w] = p(x) exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from infsub import densities, hmc
+from infsub.bounds import log_joint, log_likelihood, log_mean_exp
+from infsub.schedules import equal_distances, schedule_betas, smooth
+from infsub.types import Array, Estimate, Gaussian, Key, Target, positive_int
+
+ADAPTATIONS = ("pilot", "authors")
+
+TARGET_ACCEPTANCE = 0.8  # of the pilot
+# Each transition draws its step size from [0.3, 1] times the frozen one. A trajectory of fixed
+# length comes back to its start wherever it is a period of the (near Gaussian) target: on a trained
+# decoder, T = 100, the BDMC gap falls from 0.09 ± 0.04 to 0.00 ± 0.02 nats.
+JITTER = 0.3
+_PILOT_CHAINS, _PILOT_TEMPERATURES = 8, 25
+_FIRST_STEP_SIZE = 0.3  # whitened, so O(1) in every model
+
+
+class Annealing(NamedTuple):
+    """All that is frozen before a measuring run: nothing in it depends on that run's chains.
+
+    Attributes:
+      path: from base to p(x, z).
+      base: Gaussian the forward chains start from.
+      betas: [T+1].
+      step_sizes: [T], of the transition at β_1 … β_T, in units of base.scale.
+    """
+
+    path: hmc.Path
+    base: Gaussian
+    betas: Array
+    step_sizes: Array
+
+
+class AISInfo(NamedTuple):
+    """What one may look at of a run.
+
+    Attributes:
+      acceptance: [T], mean over chains, by temperature.
+      step_sizes: [T], mean over chains.
+      betas: [T+1].
+      non_finite: [], proposals rejected because their energy was not finite, of K·T.
+      z: [K, D], where the chains ended.
+    """
+
+    acceptance: Array
+    step_sizes: Array
+    betas: Array
+    non_finite: Array
+    z: Array
+
+
+def _log_ratio(target: Target, log_base: Partial, z: Array) -> Array:
+    return log_joint(target, z) - log_base(z)
+
+
+def geometric_path(target: Target, base: Gaussian | None) -> tuple[hmc.Path, Gaussian]:
+    """π_β ∝ base^{1−β} p(x, z)^β and its base; None starts at the prior N(0, I).
+
+    Raises:
+      ValueError: base is None but the target has a prior of its own, or the shapes don't match.
+      TypeError: base is no Gaussian.
+    """
+    dim = target.latent_dim
+    if base is None:
+        if target.log_prior is not None:
+            raise ValueError(
+                "q=None starts at N(0, I), but this target has its own log_prior: give q, a "
+                "Gaussian to start from"
+            )
+        base = Gaussian(jnp.zeros(dim), jnp.ones(dim))
+        return hmc.Path(Partial(densities.standard_normal), Partial(log_likelihood, target)), base
+    if not isinstance(base, Gaussian):
+        raise TypeError(
+            "q must be a Gaussian(mean, scale), whose density AIS can anneal, or None for the "
+            f"prior; got {type(base).__name__}"
+        )
+    if jnp.shape(base.mean) != (dim,) or jnp.shape(base.scale) != (dim,):
+        raise ValueError(
+            f"q must have mean and scale of shape [{dim}], the target's latent_dim; got "
+            f"{jnp.shape(base.mean)} and {jnp.shape(base.scale)}"
+        )
+    log_base = Partial(densities.normal, mean=base.mean, scale=base.scale)
+    return hmc.Path(log_base, Partial(_log_ratio, target, log_base)), base
+
+
+class Tuner(NamedTuple):
+    """How a run finds its step sizes.
+
+    Attributes:
+      state: any pytree.
+      step_size: (state, t) -> [] or [K].
+      update: (state, info, t) -> state.
+    """
+
+    state: Any
+    step_size: Callable[[Any, Array], Array]
+    update: Callable[[Any, hmc.HMCInfo, Array], Any]
+
+
+def frozen(step_sizes: Array) -> Tuner:
+    return Tuner((), lambda _, t: step_sizes[t], lambda state, info, t: state)
+
+
+def _pooled(dtype: jnp.dtype) -> Tuner:
+    """The pilot's: one step size for all chains of a datapoint, towards the target acceptance."""
+
+    def update(log_step, info, _):
+        return log_step + jnp.mean(info.acceptance) - TARGET_ACCEPTANCE
+
+    log_step = jnp.log(jnp.asarray(_FIRST_STEP_SIZE, dtype))
+    return Tuner(log_step, lambda log_step, _: jnp.exp(log_step), update)
+
+
+def _authors(num_chains: int, dtype: jnp.dtype) -> Tuner:
+    """The paper's code: a chain's step size grows by 1.02 while its acceptance is above 0.65."""
+
+    def update(state, info, t):
+        step_size, accepted = state
+        accepted = accepted + info.accepted
+        factor = jnp.where(accepted / (t + 1) > 0.65, 1.02, 0.98).astype(dtype)
+        return jnp.clip(step_size * factor, 1e-4, 0.5), accepted
+
+    state = jnp.full(num_chains, 0.01, dtype), jnp.zeros(num_chains, dtype)
+    return Tuner(state, lambda state, _: state[0], update)
+
+
+def anneal(
+    key: Key,
+    annealing: Annealing,
+    z: Array,
+    tuner: Tuner,
+    num_leapfrog: int,
+    *,
+    reverse: bool = False,
+    jitter: float = JITTER,
+) -> tuple[Array, AISInfo, Array]:
+    """T transitions of K chains that start at z [K, D].
+
+    Forward, z_t ~ K_{β_t}(· | z_{t−1}) and log w = Σ (β_t − β_{t−1}) log_ratio(z_{t−1}) (Neal 2001,
+    eq. 11); reverse runs the same kernels from β_T down to β_1 and sums the same terms.
+
+    Returns:
+      log_weights [K], the AISInfo, and the chains' standard deviation of log_ratio [T].
+    """
+    path, base, betas, _ = annealing
+
+    def transition(key, state, beta, step_size):
+        key_jitter, key_step = jax.random.split(key)
+        low = jnp.asarray(jitter, step_size.dtype)
+        step_size = step_size * jax.random.uniform(key_jitter, (), step_size.dtype, low, 1)
+        return hmc.step(key_step, state, path, beta, step_size, base.scale, num_leapfrog)
+
+    def body(carry, t):
+        states, log_weights, tuning = carry
+        step_size = jnp.broadcast_to(tuner.step_size(tuning, t), log_weights.shape)
+        keys = jax.random.split(jax.random.fold_in(key, t), log_weights.size)
+        next_states, infos = jax.vmap(transition, (0, 0, None, 0))(
+            keys, states, betas[t + 1], step_size
+        )
+        at = next_states if reverse else states
+        log_weights = log_weights + (betas[t + 1] - betas[t]) * at.log_ratio
+        looks = (
+            jnp.mean(infos.acceptance),
+            jnp.mean(step_size),
+            jnp.sum(jnp.isinf(infos.energy_error)),
+            jnp.std(next_states.log_ratio),
+        )
+        return (next_states, log_weights, tuner.update(tuning, infos, t)), looks
+
+    states = jax.vmap(partial(hmc.init, path))(z)
+    carry = states, jnp.zeros(z.shape[0], z.dtype), tuner.state
+    carry, looks = jax.lax.scan(body, carry, jnp.arange(betas.size - 1), reverse=reverse)
+    states, log_weights, _ = carry
+    acceptance, step_sizes, non_finite, spread = looks
+    info = AISInfo(acceptance, step_sizes, betas, jnp.sum(non_finite), states.z)
+    return log_weights, info, spread
+
+
+def start_chains(key: Key, base: Gaussian, num_chains: int) -> Array:
+    keys = jax.random.split(key, num_chains)
+    return jax.vmap(lambda key: densities.sample_gaussian(key, base)[0])(keys)
+
+
+def _pilot(key: Key, annealing: Annealing, num_leapfrog: int, adaptive: bool) -> Annealing:
+    """Freezes the step sizes, and the adaptive schedule, by a coarse run of a few chains."""
+    betas, dtype = annealing.betas, annealing.betas.dtype
+    num_temperatures = betas.size - 1
+    key_start, key_run = jax.random.split(key)
+    u = jnp.linspace(
+        0, num_temperatures, min(_PILOT_TEMPERATURES, num_temperatures) + 1, dtype=dtype
+    )
+    coarse = annealing._replace(betas=jnp.interp(u, jnp.arange(betas.size, dtype=dtype), betas))
+    z = start_chains(key_start, annealing.base, _PILOT_CHAINS)
+    _, info, spread = anneal(key_run, coarse, z, _pooled(dtype), num_leapfrog)
+    if adaptive:
+        betas = equal_distances(coarse.betas, spread, num_temperatures)
+    log_steps = jnp.interp(betas[1:], coarse.betas[1:], smooth(jnp.log(info.step_sizes)))
+    return annealing._replace(betas=betas, step_sizes=jnp.exp(log_steps))
+
+
+class Settings(NamedTuple):
+    """The static part of a run: what is compiled for."""
+
+    num_chains: int
+    num_leapfrog: int
+    adaptation: str  # "pilot", "authors", or "none": step sizes given
+    adaptive_schedule: bool = False
+
+
+def prepare(
+    key: Key,
+    target: Target,
+    q: Gaussian | None,
+    betas: Array,
+    step_size: Array,
+    settings: Settings,
+) -> Annealing:
+    """Freezes what the measuring run needs; betas [T+1], step_size [] or [T]."""
+    path, base = geometric_path(target, q)
+    betas = betas.astype(base.mean.dtype)
+    step_sizes = jnp.broadcast_to(step_size.astype(betas.dtype), (betas.size - 1,))
+    annealing = Annealing(path, base, betas, step_sizes)
+    if settings.adaptation != "pilot":
+        return annealing
+    return _pilot(key, annealing, settings.num_leapfrog, settings.adaptive_schedule)
+
+
+def forward(key: Key, annealing: Annealing, settings: Settings) -> tuple[Estimate, AISInfo]:
+    """The measuring run from the base to p(x, z)."""
+    num_chains, dtype = settings.num_chains, annealing.betas.dtype
+    key_start, key_run = jax.random.split(key)
+    z = start_chains(key_start, annealing.base, num_chains)
+    if settings.adaptation == "authors":
+        tuner, jitter = _authors(num_chains, dtype), 1.0
+    else:
+        tuner, jitter = frozen(annealing.step_sizes), JITTER
+    log_weights, info, _ = anneal(
+        key_run, annealing, z, tuner, settings.num_leapfrog, jitter=jitter
+    )
+    return log_mean_exp(log_weights)._replace(acceptance=jnp.mean(info.acceptance)), info
+
+
+@partial(jax.jit, static_argnames="settings")
+def _ais(key, target, q, betas, step_size, settings):
+    key_pilot, key_run = jax.random.split(key)
+    annealing = prepare(key_pilot, target, q, betas, step_size, settings)
+    return forward(key_run, annealing, settings)
+
+
+def check_arguments(
+    num_chains: int,
+    num_temperatures: int,
+    num_leapfrog: int,
+    schedule: str | Array,
+    adaptation: str,
+    step_size: float | Array | None,
+) -> tuple[Array, Array, Settings]:
+    """The arguments of `ais` as (betas [T+1], step_size [] or [T], settings), or a ValueError."""
+    if adaptation not in ADAPTATIONS:
+        raise ValueError(f"adaptation must be one of {', '.join(ADAPTATIONS)}; got {adaptation!r}")
+    if step_size is not None:
+        adaptation = "none"
+    betas = schedule_betas(schedule, num_temperatures)
+    adaptive = isinstance(schedule, str) and schedule == "adaptive"
+    if adaptive and adaptation != "pilot":
+        raise ValueError(
+            'schedule="adaptive" is chosen by the pilot run, which needs adaptation="pilot" and '
+            "step_size=None"
+        )
+    step_size = jnp.asarray(_FIRST_STEP_SIZE if step_size is None else step_size)
+    if step_size.shape not in ((), (betas.size - 1,)):
+        raise ValueError(
+            f"step_size must be a number or an array [T={betas.size - 1}]; got shape {step_size.shape}"
+        )
+    num_chains = positive_int("num_chains", num_chains)
+    num_leapfrog = positive_int("num_leapfrog", num_leapfrog)
+    return betas, step_size, Settings(num_chains, num_leapfrog, adaptation, adaptive)
+
+
+def ais_with_info(
+    key: Key,
+    target: Target,
+    q: Gaussian | None = None,
+    num_chains: int = 16,
+    num_temperatures: int = 100,
+    num_leapfrog: int = 10,
+    schedule: str | Array = "linear",
+    *,
+    adaptation: str = "pilot",
+    step_size: float | Array | None = None,
+) -> tuple[Estimate, AISInfo]:
+    """`ais`, and what one may look at of its run: acceptance by temperature, non-finite counts."""
+    betas, step_size, settings = check_arguments(
+        num_chains, num_temperatures, num_leapfrog, schedule, adaptation, step_size
+    )
+    return _ais(key, target, q, betas, step_size, settings)
+
+
+def ais(
+    key: Key,
+    target: Target,
+    q: Gaussian | None = None,
+    num_chains: int = 16,
+    num_temperatures: int = 100,
+    num_leapfrog: int = 10,
+    schedule: str | Array = "linear",
+    *,
+    adaptation: str = "pilot",
+    step_size: float | Array | None = None,
+) -> Estimate:
+    """Lower bound on log p(x) by annealing from q to the posterior; E[exp log_weights] = p(x).
+
+    π_β(z) ∝ q(z)^{1−β} p(x, z)^β with HMC transitions (Neal 2001; Wu et al. 2017).
+
+    Args:
+      key: of this datapoint.
+      target: p(z) p(x|z) for one x.
+      q: Gaussian(mean [D], scale [D]) the chains start from, whose scale is also HMC's mass; None
+        starts at the prior N(0, I).
+      num_chains: K.
+      num_temperatures: T transitions.
+      num_leapfrog: L gradient evaluations a transition.
+      schedule: linear, sigmoid, power, geometric, adaptive, or an array [T+1] that also sets T (see
+        `infsub.schedules`).
+      adaptation: "pilot" freezes step sizes found by a pilot run of 8 chains over 25 temperatures,
+        which costs 200 / (K·T) of the run on top; "authors" adapts each chain's while it measures,
+        as the paper's code does, for comparison: its weights are not exactly unbiased.
+      step_size: [] or [T], in units of q's scale: frozen as given, no pilot.
+
+    Returns:
+      Estimate in nats with log_weights [K] and the mean acceptance.
+
+    Raises:
+      ValueError, TypeError: an argument that cannot be; the message names it.
+    """
+    return ais_with_info(
+        key,
+        target,
+        q,
+        num_chains,
+        num_temperatures,
+        num_leapfrog,
+        schedule,
+        adaptation=adaptation,
+        step_size=step_size,
+    )[0]

@@ -1,0 +1,196 @@
+"""Bounds on log p(x) from independent samples of q: ELBO and IWAE."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from infsub import densities
+from infsub.types import (
+    Array,
+    Estimate,
+    Gaussian,
+    Key,
+    LogDensity,
+    Sampler,
+    Target,
+    as_partial,
+    positive_int,
+)
+
+_MAX_TAIL = 512
+
+
+def sampler(q: Gaussian | Sampler) -> Partial:
+    """`q` as a function key -> (z [D], log_q [])."""
+    if isinstance(q, Gaussian):
+        return Partial(densities.sample_gaussian, q=q)
+    return as_partial(q)
+
+
+def checked(name: str, log_density: LogDensity, z: Array) -> Array:
+    """log_density(z), or a TypeError when it is no scalar."""
+    value = log_density(z)
+    if jnp.shape(value) != ():
+        raise TypeError(
+            f"{name} must return a scalar, the log density of one z [D={z.size}]; it returned "
+            f"shape {jnp.shape(value)}: sum over the axes of x"
+        )
+    return value
+
+
+def log_prior(target: Target, z: Array) -> Array:
+    """log p(z), z [D] -> []."""
+    density = target.log_prior or densities.standard_normal
+    return checked("log_prior", density, z)
+
+
+def log_likelihood(target: Target, z: Array) -> Array:
+    """log p(x|z), z [D] -> []."""
+    return checked("log_likelihood", target.log_likelihood, z)
+
+
+def log_joint(target: Target, z: Array) -> Array:
+    """log p(x, z) = log p(z) + log p(x|z), z [D] -> []."""
+    return log_prior(target, z) + log_likelihood(target, z)
+
+
+def log_weight(key: Key, target: Target, q: Sampler) -> Array:
+    """log w = log p(x, z) − log q(z) at one draw z of q, key -> []; E[w] = p(x)."""
+    z, log_q = q(key)
+    if jnp.shape(z) != (target.latent_dim,):
+        raise ValueError(
+            f"q must sample z of shape [{target.latent_dim}], the target's latent_dim; got {jnp.shape(z)}"
+        )
+    return log_joint(target, z) - log_q
+
+
+@partial(jax.jit, static_argnames="num_samples")
+def elbo(key: Key, target: Target, q: Gaussian | Sampler, num_samples: int = 100) -> Estimate:
+    """Evidence lower bound L[q] = E_q[log p(x, z) − log q(z)] (Kingma & Welling 2014, eq. 3).
+
+    Args:
+      key: of this datapoint.
+      target: p(z) p(x|z) for one x.
+      q: Gaussian(mean [D], scale [D]), or a sampler key -> (z [D], log_q []).
+      num_samples: K.
+
+    Returns:
+      Estimate of L[q] in nats; its standard error is the samples' standard deviation / √K.
+
+    Raises:
+      ValueError: num_samples < 1, or q's shape is not the target's.
+      TypeError: a density returns no scalar.
+    """
+    num_samples = positive_int("num_samples", num_samples)
+    draw = partial(log_weight, target=target, q=sampler(q))
+    log_weights = jax.vmap(draw)(jax.random.split(key, num_samples))
+    nan = jnp.full((), jnp.nan, log_weights.dtype)
+    error = jnp.std(log_weights, ddof=1) / math.sqrt(num_samples) if num_samples > 1 else nan
+    return Estimate(jnp.mean(log_weights), error, nan, nan, log_weights, nan)
+
+
+def log_mean_exp(log_weights: Array) -> Estimate:
+    """log of the mean weight, log (1/K) Σ w, log_weights [K] -> Estimate.
+
+    The standard error is the delta method's, sd(w) / (√K mean(w)), which is a function of the
+    effective sample size (Σw)² / Σw²; NaN for K = 1.
+    """
+    (num_samples,) = log_weights.shape
+    total, total_squares = jax.nn.logsumexp(log_weights), jax.nn.logsumexp(2 * log_weights)
+    return _estimate(total, total_squares, num_samples, log_weights)
+
+
+def _estimate(total: Array, total_squares: Array, num_samples: int, log_weights: Array) -> Estimate:
+    ess = jnp.exp(2 * total - total_squares)
+    nan = jnp.full((), jnp.nan, total.dtype)
+    error = nan
+    if num_samples > 1:
+        relative_variance = (
+            jnp.maximum(1 / ess - 1 / num_samples, 0) * num_samples / (num_samples - 1)
+        )
+        error = jnp.sqrt(relative_variance)
+    return Estimate(total - math.log(num_samples), error, ess, nan, log_weights, nan)
+
+
+@partial(jax.jit, static_argnames=("num_samples", "chunk_size"))
+def iwae(
+    key: Key,
+    target: Target,
+    q: Gaussian | Sampler,
+    num_samples: int = 5000,
+    *,
+    chunk_size: int = 500,
+) -> Estimate:
+    """Importance-weighted bound log (1/K) Σ_k p(x, z_k) / q(z_k) (Burda et al. 2016, eq. 8).
+
+    Samples are drawn and forgotten chunk by chunk, so memory does not grow with K; sample k uses
+    fold_in(key, k), so the chunks do not change the draws.
+
+    Args:
+      key: of this datapoint.
+      target: p(z) p(x|z) for one x.
+      q: Gaussian(mean [D], scale [D]), or a sampler key -> (z [D], log_q []).
+      num_samples: K.
+      chunk_size: samples at a time.
+
+    Returns:
+      Estimate in nats, `log_weights` not kept. `pareto_k` above 0.7 says that the largest weights
+      have a tail too heavy for the estimate and its standard error to be believed.
+
+    Raises:
+      ValueError: num_samples or chunk_size < 1, or q's shape is not the target's.
+      TypeError: a density returns no scalar.
+    """
+    num_samples = positive_int("num_samples", num_samples)
+    num_chunks = -(-num_samples // positive_int("chunk_size", chunk_size))
+    chunk_size = -(-num_samples // num_chunks)
+    tail_size = min(_tail_size(num_samples), chunk_size * num_chunks)
+    draw = partial(log_weight, target=target, q=sampler(q))
+
+    def chunk(carry, start):
+        total, total_squares, tail = carry
+        index = start + jnp.arange(chunk_size)
+        log_weights = jax.vmap(lambda k: draw(jax.random.fold_in(key, k)))(index)
+        log_weights = jnp.where(index < num_samples, log_weights, -jnp.inf)
+        total = jnp.logaddexp(total, jax.nn.logsumexp(log_weights))
+        total_squares = jnp.logaddexp(total_squares, jax.nn.logsumexp(2 * log_weights))
+        tail, _ = jax.lax.top_k(jnp.concatenate([tail, log_weights]), tail_size + 1)
+        return (total, total_squares, tail), None
+
+    dtype = jax.eval_shape(draw, key).dtype
+    nothing = jnp.full((), -jnp.inf, dtype)
+    carry = (nothing, nothing, jnp.full(tail_size + 1, -jnp.inf, dtype))
+    starts = chunk_size * jnp.arange(num_chunks)
+    (total, total_squares, tail), _ = jax.lax.scan(chunk, carry, starts)
+    estimate = _estimate(total, total_squares, num_samples, jnp.full(1, jnp.nan, dtype))
+    return estimate._replace(pareto_k=pareto_k(tail) if tail_size >= 5 else estimate.pareto_k)
+
+
+def _tail_size(num_samples: int) -> int:
+    return min(math.ceil(min(0.2 * num_samples, 3 * math.sqrt(num_samples))), _MAX_TAIL)
+
+
+def pareto_k(tail: Array) -> Array:
+    """Shape k of a generalised Pareto fitted to the largest weights, tail [M+1] descending -> [].
+
+    The smallest of the tail is the threshold the M others exceed; −inf where they equal it.
+    Zhang & Stephens' (2009) estimator with the prior of Vehtari et al. 2024, arXiv 1507.02646, app. G.
+    """
+    size = tail.size - 1
+    weights = jnp.exp(tail - tail[0])[::-1]
+    excess = weights[1:] - weights[0]  # ascending, [M]
+    num_grid = 30 + math.isqrt(size)
+    quartile = excess[math.floor(size / 4 + 0.5) - 1]
+    grid = jnp.arange(1, num_grid + 1) - 0.5
+    theta = 1 / excess[-1] + (1 - jnp.sqrt(num_grid / grid)) / (3 * quartile)
+    shape = jnp.mean(jnp.log1p(-theta[:, None] * excess), axis=1)
+    profile = size * (jnp.log(-theta / shape) - shape - 1)
+    theta = jnp.sum(jax.nn.softmax(profile) * theta)
+    shape = jnp.mean(jnp.log1p(-theta * excess))
+    k = (shape * size + 0.5 * 10) / (size + 10)
+    return jnp.where(excess[-1] > 0, k, -jnp.inf)

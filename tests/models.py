@@ -1,0 +1,102 @@
+"""Models with known answers: a linear-Gaussian one in closed form, and the published oracle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from infsub import densities
+from infsub.types import Gaussian, Target
+
+
+class LinearGaussian(NamedTuple):
+    """z ~ N(0, I), x|z ~ N(W z + b, noise² I): log p(x), p(z|x) and all gaps are closed forms."""
+
+    weight: jax.Array  # [X, D]
+    bias: jax.Array  # [X]
+    noise: jax.Array  # []
+
+    def simulate(self, key):
+        """One draw of the joint, key -> (z [D], x [X])."""
+        key_z, key_x = jax.random.split(key)
+        z = jax.random.normal(key_z, self.weight.shape[1:], self.weight.dtype)
+        noise = jax.random.normal(key_x, self.bias.shape, self.weight.dtype)
+        return z, self.weight @ z + self.bias + self.noise * noise
+
+    def log_likelihood(self, x, z):
+        return densities.normal(x, self.weight @ z + self.bias, self.noise)
+
+    def target(self, x) -> Target:
+        return Target(None, Partial(LinearGaussian.log_likelihood, self, x), self.weight.shape[1])
+
+    def log_px(self, x):
+        """log N(x; b, W Wᵀ + noise² I)."""
+        cov = self.weight @ self.weight.T + self.noise**2 * jnp.eye(x.size)
+        residual = x - self.bias
+        quadratic = residual @ jnp.linalg.solve(cov, residual)
+        return -0.5 * (quadratic + jnp.linalg.slogdet(cov)[1] + x.size * densities.LOG_2PI)
+
+    def precision(self):
+        """Of p(z|x), [D, D]: I + Wᵀ W / noise²."""
+        return jnp.eye(self.weight.shape[1]) + self.weight.T @ self.weight / self.noise**2
+
+    def posterior(self, x):
+        """Mean [D] and covariance [D, D] of p(z|x)."""
+        cov = jnp.linalg.inv(self.precision())
+        return cov @ self.weight.T @ (x - self.bias) / self.noise**2, cov
+
+    def best_gaussian(self, x) -> Gaussian:
+        """The factorised q closest to p(z|x) in KL(q‖p): its mean, and variances 1 / diag(precision)."""
+        return Gaussian(self.posterior(x)[0], 1 / jnp.sqrt(jnp.diag(self.precision())))
+
+    def kl(self, x, q: Gaussian):
+        """KL(q‖p(z|x)) = log p(x) − L[q]."""
+        mean, cov = self.posterior(x)
+        precision, shift = self.precision(), q.mean - mean
+        trace = jnp.sum(jnp.diag(precision) * q.scale**2)
+        log_dets = jnp.linalg.slogdet(cov)[1] - 2 * jnp.sum(jnp.log(q.scale))
+        return 0.5 * (trace + shift @ precision @ shift - q.scale.size + log_dets)
+
+
+def linear_gaussian(latent_dim: int, data_dim: int, noise: float = 0.5) -> LinearGaussian:
+    """A fixed model with correlated posteriors."""
+    key_w, key_b = jax.random.split(jax.random.key(latent_dim))
+    weight = jax.random.normal(key_w, (data_dim, latent_dim)) / np.sqrt(data_dim)
+    return LinearGaussian(weight, jax.random.normal(key_b, (data_dim,)), jnp.asarray(noise))
+
+
+def load_oracle(shared: Path):
+    """The reproduction's MNIST model as a user's own: (params, x [100, 784])."""
+    with np.load(shared / "oracles" / "mnist_ffg.npz") as arrays:
+        params = {name: jnp.asarray(arrays[name]) for name in arrays.files if name != "x"}
+        return params, jnp.asarray(arrays["x"], jnp.float32)
+
+
+def _mlp(params, name, h):
+    for layer in range(3):
+        h = h @ params[f"{name}_w{layer}"] + params[f"{name}_b{layer}"]
+        h = jax.nn.elu(h) if layer < 2 else h
+    return h
+
+
+def oracle_decode(params, z):
+    """Bernoulli logits [784]."""
+    return _mlp(params, "decoder", z)
+
+
+def oracle_log_likelihood(params, x, z):
+    return densities.bernoulli_logits(x, oracle_decode(params, z))
+
+
+def oracle_target(params, x) -> Target:
+    return Target(None, Partial(oracle_log_likelihood, params, x), 50)
+
+
+def oracle_encoder(params, x) -> Gaussian:
+    mean, log_variance = jnp.split(_mlp(params, "encoder", x), 2)
+    return Gaussian(mean, jnp.exp(0.5 * log_variance))
