@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from pathlib import Path
 
@@ -17,6 +18,42 @@ from infsub.types import UserError
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "infsub"
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A directory with a mnist of 20 + 10 images, written by TFDS."""
+    import tensorflow_datasets as tfds
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+
+    def examples(num):
+        for i in range(num):
+            image = Image.fromarray(rng.integers(0, 256, (28, 28), np.uint8))
+            yield i, {"image": image, "label": i % 10}
+
+    class Mnist(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("3.0.1")
+
+        def _info(self):
+            features = tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(28, 28, 1)),
+                    "label": tfds.features.ClassLabel(num_classes=10),
+                }
+            )
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, dl_manager):
+            return {"train": examples(20), "test": examples(10)}
+
+        def _generate_examples(self):
+            raise NotImplementedError
+
+    Mnist.name = "mnist"
+    Mnist(data_dir=tmp_path / "tfds", file_format="array_record").download_and_prepare()
+    return tmp_path / "tfds"
 
 
 def all_images(split):
@@ -57,7 +94,9 @@ def test_dynamic_binarisation_is_a_function_of_key_and_row_with_the_grey_levels_
     np.testing.assert_array_equal(x[3:4], data.batch(train.images, rows[3:4], key))
     assert (x != data.batch(train.images, rows, other)).any()
     assert set(np.unique(x)) == {0.0, 1.0}
-    draws = jax.vmap(lambda k: data.batch(train.images, rows, k))(jax.random.split(key, 500))
+    draws = jax.jit(jax.vmap(data.batch, (None, None, 0)))(
+        train.images, rows, jax.random.split(key, 500)
+    )
     grey = train.images.values[rows] / 255.0
     z = (draws.mean(0) - grey) / jnp.sqrt(jnp.maximum(grey * (1 - grey), 1e-3) / 500)
     assert jnp.abs(z).max() < 5
@@ -117,6 +156,91 @@ def test_subsets():
         data.subset(test._replace(labels=None), per_class=1)
     with pytest.raises(UserError, match="'dev'"):
         data.load("mnist5k").split("dev")
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "mean"),
+    [
+        ("binarized_mnist", (50000, 10000, 10000), 0.132512),
+        ("mnist", (55000, 5000, 10000), 33.7912),
+        ("fashion_mnist", (55000, 5000, 10000), 73.1466),
+    ],
+)
+def test_exact_sets_have_their_published_sizes_and_pixel_means(name, sizes, mean, shared_dir):
+    levels = 2 if name == "binarized_mnist" else 256
+    test = data.load(name, str(shared_dir / "data" / "tfds"), levels=levels).test
+    np.testing.assert_allclose(all_images(test).mean(dtype=np.float64), mean, rtol=2e-6)
+    binary = data.load(name, str(shared_dir / "data" / "tfds"))
+    assert tuple(binary._ranges[s][2] - binary._ranges[s][1] for s in data.SPLITS) == sizes
+
+
+def test_cifar_has_three_binary_channels_or_eight_levels_and_a_validation_split(shared_dir):
+    tfds_dir = str(shared_dir / "data" / "tfds")
+    binary, eight = (data.load("cifar10", tfds_dir, levels=levels) for levels in (2, 8))
+    assert binary.identity != eight.identity
+    x, y = all_images(binary.test), all_images(eight.test)
+    assert x.shape == (10000, 32, 32, 3)
+    assert binary.test.images.values.shape == (10000, 384)
+    np.testing.assert_array_equal(x, y >= 4)
+    assert set(np.unique(y)) == set(range(8))
+    start, end = binary._ranges["validation"][1:]
+    assert binary._ranges["train"] == ("train", 0, start)
+    assert end - start == min(5000, end // 10)
+
+
+def test_decoded_arrays_are_kept_and_a_changed_or_torn_cache_is_not_believed(
+    small, cache, monkeypatch
+):
+    first = data.load("mnist", str(small)).test
+    kept = list(cache.iterdir())
+    assert [f.suffix for f in kept] == [".npz"]
+
+    def never(*_):
+        raise AssertionError("decoded again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "_decode", never)
+        np.testing.assert_array_equal(
+            all_images(data.load("mnist", str(small)).test), all_images(first)
+        )
+    kept[0].write_bytes(kept[0].read_bytes()[:1000])
+    np.testing.assert_array_equal(
+        all_images(data.load("mnist", str(small)).test), all_images(first)
+    )
+    shard = next((small / "mnist" / "3.0.1").glob("mnist-test*"))
+    os.utime(shard, (1, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "_decode", never)
+        with pytest.raises(AssertionError, match="decoded again"):
+            data.load("mnist", str(small)).split("test")
+
+
+def test_no_cache_is_no_error(small, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    assert data.load("mnist", str(small)).test.size == 10
+
+
+def test_train_and_validation_are_apart(small):
+    images, labels = data._decode(small / "mnist" / "3.0.1", "train")
+    mnist = data.load("mnist", str(small), levels=256)
+    np.testing.assert_array_equal(all_images(mnist.train), images[:18])
+    np.testing.assert_array_equal(all_images(mnist.validation), images[18:])
+    np.testing.assert_array_equal(mnist.validation.labels, labels[18:])
+
+
+def test_a_damaged_file_and_a_foreign_format_are_one_sentence(small):
+    folder = small / "mnist" / "3.0.1"
+    shard = next(folder.glob("mnist-test*"))
+    shard.write_bytes(shard.read_bytes()[:-70000])
+    with pytest.raises(UserError, match=r"cannot be read .* delete it and prepare it anew"):
+        data.load("mnist", str(small)).split("test")
+    shard.unlink()
+    with pytest.raises(UserError, match="cannot be read"):
+        data.load("mnist", str(small)).split("test")
+    info = folder / "dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(UserError, match="tfrecord format, and array_record is wanted"):
+        data.load("mnist", str(small))
 
 
 def test_a_missing_set_names_the_directory_and_the_remedy_at_once(tmp_path, monkeypatch):

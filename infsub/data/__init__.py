@@ -293,16 +293,17 @@ def _read_cached(name: str, folder: Path, split: str) -> Arrays:
     root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "infsub"
     cache = root / f"{name}-{folder.name}-{split}-{digest}.npz"
     try:
-        with np.load(cache) as arrays:
+        with cache.open("rb") as file, np.load(file) as arrays:
             return arrays["images"], arrays.get("labels")
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
         images, labels = _decode(folder, split)
     try:  # a cache that cannot be written costs time, not correctness
         root.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=root, suffix=".part", delete=False) as file:
+        with tempfile.TemporaryDirectory(dir=root) as aside:
+            path = Path(aside, cache.name)
             arrays = {"images": images} if labels is None else {"images": images, "labels": labels}
-            np.savez(file, allow_pickle=False, **arrays)
-        os.replace(file.name, cache)
+            np.savez(path, allow_pickle=False, **arrays)
+            os.replace(path, cache)
     except OSError:
         pass
     return images, labels

@@ -1,0 +1,3 @@
+from infsub.data.prepare import main
+
+main()
