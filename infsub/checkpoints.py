@@ -25,11 +25,11 @@ _CHECKSUM = "sha256"
 
 
 class Checkpoints:
-    """The checkpoints of one run, `directory`/<step>.
+    """The checkpoints of one run, `directory`/<step>; each is enough to go on from, best weights too.
 
     Args:
       directory: made when missing.
-      keep_last: newest checkpoints that are kept, beside the best one.
+      keep_last: newest checkpoints that are kept.
       keep_every: steps; checkpoints at its multiples are kept for good; 0: none.
     """
 
@@ -40,14 +40,13 @@ class Checkpoints:
         self._keep_last, self._keep_every = keep_last, keep_every
         self._writer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
         self._save_args = ocp.args.PyTreeSave
-        self._best = -1
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that were written to their end, ascending."""
         return steps(self._directory)
 
-    def save(self, step: int, tree: Any, best_step: int) -> None:
-        """Writes `tree` as it is now, in the background; the checkpoint of `best_step` is kept."""
+    def save(self, step: int, tree: Any) -> None:
+        """Writes `tree` as it is now, in the background."""
         self.wait()  # one write at a time; what it made superfluous goes first
         path = self._directory / f"{step:08d}"
         if path.exists():
@@ -57,15 +56,13 @@ class Checkpoints:
         arrays = {name: np.array(leaf) for name, leaf in _flatten(tree).items() if leaf.size}
         arrays[_CHECKSUM] = _checksum(arrays)
         self._writer.save(path.absolute(), args=self._save_args(arrays))
-        self._best = best_step
 
     def wait(self) -> None:
         """Returns when the last `save` is on disk and superseded checkpoints are gone."""
         self._writer.wait_until_finished()
         present = self.steps()
-        kept = {self._best, *present[-self._keep_last :]}
-        for step in present:
-            if step not in kept and not (self._keep_every and step % self._keep_every == 0):
+        for step in present[: -self._keep_last]:
+            if not (self._keep_every and step % self._keep_every == 0):
                 _remove(self._directory / f"{step:08d}")
 
     def restore(self, template: Any, step: int) -> Any | None:
@@ -147,24 +144,20 @@ def load_variables(workdir: str | Path, which: str = "best") -> tuple[Variables,
         raise UserError(f"{workdir} has no checkpoint yet: run it with --mode=train first.")
     vae = make_vae(configs.from_json(run["config"]).model, run["image_shape"], run["levels"])
     variables = jax.eval_shape(vae.init, jax.random.key(0))
+    step, name = present[-1], "best" if which == "best" else "variables"
+    if which.startswith("epoch_") and which[6:].isdigit():
+        step = int(which[6:]) * run["steps_per_epoch"]
+    elif which not in ("best", "last"):
+        raise UserError(f"checkpoint {which!r} is not known; give best, last or epoch_<n>.")
+    if step not in present:
+        have = ", ".join(f"epoch_{s / run['steps_per_epoch']:g}" for s in present)
+        raise UserError(f"{workdir} has no checkpoint {which}; it has {have}.")
+    template = {name: variables, "progress": {"best_step": np.zeros((), np.int64)}}
     try:
-        match which.partition("_"):
-            case ("last", "", ""):
-                step = present[-1]
-            case ("best", "", ""):
-                best = {"progress": {"best_step": np.zeros((), np.int64)}}
-                newest = read(directory / f"{present[-1]:08d}", best)
-                step = int(newest["progress"]["best_step"])
-            case ("epoch", "_", n) if n.isdigit():
-                step = int(n) * run["steps_per_epoch"]
-            case _:
-                raise UserError(f"checkpoint {which!r} is not known; give best, last or epoch_<n>.")
-        if step not in present:
-            have = ", ".join(f"epoch_{s // run['steps_per_epoch']}" for s in present)
-            raise UserError(f"{workdir} has no checkpoint {which}; it has {have}.")
-        return read(directory / f"{step:08d}", {"variables": variables})["variables"], step
+        tree = read(directory / f"{step:08d}", template)
     except _Damaged as error:
         raise UserError(f"{error}; the training command run again makes it anew.") from error
+    return tree[name], int(tree["progress"]["best_step"]) if which == "best" else step
 
 
 def _flatten(tree: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ Imports nothing heavy: `--help`, `--mode=status` and mistakes answer at once.
 from __future__ import annotations
 
 import copy
+import difflib
 import hashlib
 import json
 from collections.abc import Iterator
@@ -69,6 +70,17 @@ AT_LEAST_ONE = (
     "train.validate_every",
     "train.validation_samples",
     "train.keep_last",
+    "train.picture_every",
+)
+NOT_NEGATIVE = (
+    "train.learning_rate",
+    "train.adam_epsilon",
+    "train.gradient_clip",
+    "train.annealing_epochs",
+    "train.max_skipped",
+    "train.patience",
+    "train.keep_every",
+    "train.checkpoint_seconds",
 )
 
 
@@ -188,8 +200,12 @@ def resolve(config: Config) -> Config:
       UserError: a value that no part of the program could use: the field, and what is wanted.
     """
     config = config.copy_and_resolve_references().unlock()
-    config.model.posterior = posterior(**config.model.posterior)
     values = dict(flatten(config))
+    for name in sorted(values.keys() ^ dict(flatten(default())).keys()):
+        if not name.startswith("model.posterior."):
+            problem = "an unknown field" if name in values else "no field"
+            raise UserError(f"the config has {problem} {name}: let it start from config.default().")
+    config.model.posterior = posterior(**config.model.posterior)
     for name, choices in CHOICES.items():
         if values[name] not in choices:
             raise UserError(
@@ -198,6 +214,9 @@ def resolve(config: Config) -> Config:
     for name in AT_LEAST_ONE:
         if values[name] < 1:
             raise UserError(f"config.{name} is {values[name]!r}; it must be at least 1.")
+    for name in NOT_NEGATIVE:
+        if not values[name] >= 0:
+            raise UserError(f"config.{name} is {values[name]!r}; it must not be negative.")
     if config.train.freeze == "decoder" and not config.init_from:
         raise UserError(
             "config.train.freeze=decoder would freeze an untrained decoder; "
@@ -209,6 +228,29 @@ def resolve(config: Config) -> Config:
             "of at least 1."
         )
     return config.lock()
+
+
+def explain(argv: list[str], error: Exception) -> str:
+    """One sentence for a mistake on the command line, or in the config file it names."""
+    if isinstance(error, UserError):
+        return str(error)
+    files = [a.partition("=")[2] for a in argv if a.startswith("--config=")]
+    overrides = [a[9:].partition("=")[0] for a in argv if a.startswith("--config.")]
+    if overrides and not files:
+        return "--config.field=value changes a config file's field: give --config=FILE.py too."
+    if files and not Path(files[-1].partition(":")[0]).is_file():
+        return f"--config={files[-1]}: there is no such file."
+    if isinstance(error, AttributeError | KeyError):
+        known = [name for name, _ in flatten(default())]
+        for name in overrides:
+            if name not in known:
+                similar = difflib.get_close_matches(name, known, 1)
+                hint = f"did you mean config.{similar[0]}?" if similar else "see infsub/config.py."
+                return f"there is no field config.{name}: {hint}"
+    reason = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
+    kind = type(error).__name__
+    where = "" if type(error).__module__.startswith("absl") else f"--config={files[-1]} failed: "
+    return f"{where}{reason if where == '' or kind in reason else f'{kind}: {reason}'}."
 
 
 def to_json(config: Config) -> dict[str, Any]:

@@ -30,6 +30,18 @@ OURS = ("checkpoints", "metrics.jsonl", "rows.jsonl", "table.md", "seed_0")
 PACKAGES = ("infsub", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "distrax")
 
 
+class Stopped(Exception):
+    """A run that ended before its end; the message says why and what to do.
+
+    Attributes:
+      exit_code: 143 after SIGTERM and 130 after Ctrl-C, with all saved; 1 when training diverged.
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file so that a reader sees the old one or the new one, whole."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -84,12 +96,12 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     write_bytes(path, text.getvalue().encode())
 
 
-def write_picture(path: Path, images: np.ndarray) -> None:
-    """A PNG of a grid of images, [rows, columns, H, W, C] with values in [0, 1]; C is 1 or 3."""
+def write_png(path: Path, image: np.ndarray) -> None:
+    """uint8 [Y, X, 3] as a PNG file."""
     from PIL import Image
 
     png = io.BytesIO()
-    Image.fromarray(picture(images)).save(png, "png")
+    Image.fromarray(image).save(png, "png")
     write_bytes(path, png.getvalue())
 
 
@@ -184,6 +196,24 @@ class Progress:
             self._bar.close()
 
 
+def say(text: str) -> None:
+    """One plain line on stderr, where progress goes; stdout is for results."""
+    print(f"infsub: {text}", file=sys.stderr, flush=True)
+
+
+def write_progress(workdir: Path, progress: Progress, speed: float) -> None:
+    """progress.json, for `--mode=status`: the only record that depends on the clock."""
+    content = {
+        "done": progress.done,
+        "total": progress.total,
+        "seconds_left": progress.seconds_left,
+        "examples_per_second": speed,
+        "time": time.time(),
+        "pid": os.getpid(),
+    }
+    write_json(workdir / "progress.json", _finite(content))
+
+
 def duration(seconds: float) -> str:
     """A time a person reads: 42 s, 3 min 20 s, 5 h 12 min."""
     if not np.isfinite(seconds):
@@ -205,6 +235,60 @@ def read_run(workdir: Path) -> dict[str, Any]:
     if run is None:
         raise UserError(f"{workdir} holds no run (it has no config.json): give a run's --workdir.")
     return run
+
+
+def status(workdir: Path) -> str:
+    """What a run has done and when it will be done, as a screen of text.
+
+    Raises:
+      UserError: there is no run in `workdir`.
+    """
+    run = read_run(workdir)
+    config, per_epoch = configs.from_json(run["config"]), run["steps_per_epoch"]
+    model, train = config.model, config.train
+    lines = [
+        ("run", f"{workdir}, identity {run['identity']}"),
+        ("data", f"{config.data.name}, {config.data.binarisation}, {config.data.levels} levels"),
+        ("model", f"{model.posterior.name} posterior, z of {model.latent_dim} dimensions"),
+    ]
+    progress = read_json(workdir / "progress.json")
+    if progress is None:
+        lines.append(("training", "not begun"))
+    else:
+        epoch, ago = progress["done"] / per_epoch, time.time() - progress["time"]
+        state = f"epoch {epoch:.4g} of {train.num_epochs}, {progress['examples_per_second']:.0f}"
+        lines.append(("training", f"{state} examples/s, last seen {duration(ago)} ago"))
+        if progress["done"] < progress["total"] and ago < 120:
+            end = time.strftime(
+                "%d %b %H:%M", time.localtime(time.time() + progress["seconds_left"])
+            )
+            lines.append(("time left", f"{duration(progress['seconds_left'])}, until {end}"))
+    for member, folder in configs.runs(config, workdir):
+        lines += _status_of_one(folder, f"seed {member.seed}", per_epoch)
+    return "\n".join(f"{name:<12}{text}" for name, text in lines)
+
+
+def _status_of_one(workdir: Path, label: str, per_epoch: int) -> list[tuple[str, str]]:
+    lines = [(label, "")]
+    for row in read_rows(workdir / "metrics.jsonl")[-1:]:
+        validation = {n: row[n] for n in ("validation_elbo", "validation_iwae") if n in row}
+        values = {"ELBO": row["elbo"]} | validation
+        text = ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in values.items())
+        lines.append(("", f"epoch {row['epoch']}: {text}"))
+    saved = sorted(int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit())
+    if saved:
+        text = ", ".join(f"{step / per_epoch:.4g}" for step in saved)
+        lines.append(("", f"checkpoints at epochs {text}"))
+    if summary := read_json(workdir / "summary.json"):
+        lines.append(("", f"training {summary['ended']} at step {summary['step']}"))
+        if "test_elbo" in summary:
+            text = f"test ELBO {summary['test_elbo']:.2f} ± {summary['test_elbo_se']:.2f}"
+            lines.append(("", f"best at epoch {summary['best_epoch']}: {text}"))
+    num_rows = len(read_rows(workdir / "rows.jsonl"))
+    lines.append(("", f"{num_rows} datapoints evaluated"))
+    tables = sorted(p.name for p in workdir.glob("table.*"))
+    lines.append(("", f"reported: {', '.join(tables)}" if tables else "not reported"))
+    return lines
 
 
 def claim(

@@ -194,8 +194,8 @@ def train_chunk(
     """Steps start … stop − 1 of S models in one dispatch.
 
     Returns:
-      The states, and the `sums` of each epoch that ended, {metric: [S, MAX_EPOCHS]}, from the epoch
-      of `start` on.
+      The states; and for each epoch from that of `start` on its `sums` so far, and the learning rate
+      and annealing weight of its last step, {metric: [S, MAX_EPOCHS]}.
     """
     per_epoch = task.steps_per_epoch
 
@@ -213,12 +213,17 @@ def train_chunk(
                 state,
             )
             row = epoch - start // per_epoch
-            rows = {name: rows[name].at[row].set(state.sums[name]) for name in rows}
+            values = state.sums | {
+                "learning_rate": learning_rate(task.train, per_epoch, end - 1),
+                "annealing_weight": annealing_weight(task.train, per_epoch, end - 1),
+            }
+            rows = {name: rows[name].at[row].set(values[name]) for name in rows}
             ended = end == first + per_epoch
             sums = jax.tree.map(lambda s: jnp.where(ended, 0.0, s), state.sums)
             return state._replace(sums=sums), rows
 
-        rows = {name: jnp.zeros(MAX_EPOCHS) for name in state.sums}
+        names = (*state.sums, "learning_rate", "annealing_weight")
+        rows = {name: jnp.zeros(MAX_EPOCHS) for name in names}
         first, last = start // per_epoch, (stop - 1) // per_epoch + 1
         return jax.lax.fori_loop(first, last, run_epoch, (state, rows))
 
@@ -267,9 +272,7 @@ def validate(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def pictures(
-    vae: VAE, variables: Variables, images: data.Images, key: Key
-) -> tuple[Array, Array]:
+def pictures(vae: VAE, variables: Variables, images: data.Images, key: Key) -> tuple[Array, Array]:
     """For S models: ten images over their reconstructions [S, 2, 10, H, W, C]; draws [S, 10, 10, …].
 
     Means of p(x|z) in [0, 1], at z ~ q(z|x) and at z ~ p(z).
