@@ -197,8 +197,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if mode in ("stall", "trickle", "short"):
             self.wfile.write(raw[start : start + 100])
             self.wfile.flush()
-            sent = start + 100
-            while mode != "short" and not server.stop.wait(0.05):
+            sent, end = start + 100, time.monotonic() + 5
+            while mode != "short" and time.monotonic() < end and not server.stop.wait(0.05):
                 if mode == "trickle":
                     self.wfile.write(raw[sent : sent + 1])
                     sent += 1
