@@ -1,0 +1,34 @@
+"""`python -m infsub.report --workdirs runs/ffg AF=runs/af --out tables`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from infsub.report import join
+from infsub.types import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m infsub.report`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m infsub.report", description="One table and one figure of several runs."
+    )
+    parser.add_argument(
+        "--workdirs", nargs="+", required=True, metavar="DIR", help="runs, each DIR or NAME=DIR"
+    )
+    parser.add_argument(
+        "--out", default="report", metavar="DIR", help="folder to write into (default: report)"
+    )
+    given = parser.parse_args(arguments)
+    try:
+        join(given.workdirs, given.out)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

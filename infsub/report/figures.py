@@ -1,0 +1,188 @@
+"""Pictures of the gaps, at the width of a paper's column."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from infsub.report.runs import FAMILIES, Run
+
+# Okabe & Ito's colours (jfly.uni-koeln.de/color): told apart with any colour vision, and in grey.
+AMORTIZATION, APPROXIMATION = "#0072B2", "#F0B430"
+STYLE: Any = {
+    "font.size": 7,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "legend.handlelength": 1,
+    "legend.handleheight": 1,
+    "legend.borderpad": 0.2,
+    "legend.borderaxespad": 0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "pdf.fonttype": 42,  # text stays text
+}
+# Inches: a paper's column, a bar, a line of text; points: of the text, of the small text.
+WIDTH, BAR, LINE = 3.4, 0.28, 0.11
+TEXT, SMALL = 7, 6
+
+
+def gap_figure(runs: Sequence[Run]) -> Figure:
+    """A bar for each run from L[q] over L[q*] to log p̂.
+
+    Marks under a bar show how far the other families get. One run also shows its datapoints.
+    """
+    marks = [_marks(run) for run in runs]
+    places = [x for run_marks in marks for x, _ in run_marks]
+    margin = 0.12 * max(max(places) - min(places), 0.1)
+    limits = min(places) - margin, max(places) + margin
+    levels = [_levels(run_marks, limits) for run_marks in marks]
+    name = LINE if len(runs) > 1 else 0.0  # the height of a run's name
+    rows = [name + BAR + LINE * (max(level) + 2) for level in levels]
+    heights = [sum(rows)] + [1.0] * (len(runs) == 1)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, sum(heights) + 0.6 + 0.35 * len(heights)))
+        figure.set_layout_engine("constrained")
+        axes = np.ravel(np.asarray(figure.subplots(len(heights), 1, height_ratios=heights)))
+        axes[0].set_xlim(*limits)
+        for run, run_marks, level, top in zip(
+            runs, marks, levels, np.cumsum([0.0, *rows[:-1]]), strict=True
+        ):
+            if name:
+                axes[0].text(limits[0], top + 0.8 * name, run.name, weight="bold", va="bottom")
+            _draw_bar(axes[0], run, top + name, run_marks, level)
+        axes[0].set_ylim(sum(rows), -0.3 * LINE)
+        axes[0].set_yticks([])
+        axes[0].spines["left"].set_visible(False)
+        axes[0].set_xlabel("nats relative to log p̂(x)")
+        axes[0].legend(
+            [Patch(color=AMORTIZATION), Patch(color=APPROXIMATION)],
+            ["amortization gap", "approximation gap"],
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
+            ncols=2,
+        )
+        if len(runs) == 1:
+            _draw_datapoints(axes[1], runs[0])
+        figure.supxlabel(_footer(runs), fontsize=5, color="0.35", x=0.01, ha="left")
+    return figure
+
+
+def encode(figure: Figure, suffix: str) -> bytes:
+    """A figure as the content of a "png" or "pdf" file; the same figure gives the same bytes."""
+    file = io.BytesIO()
+    with mpl.rc_context(STYLE):
+        metadata = {"CreationDate": None} if suffix == "pdf" else None
+        figure.savefig(file, format=suffix, dpi=300, metadata=metadata)
+    return file.getvalue()
+
+
+def _draw_bar(
+    axes: Axes, run: Run, top: float, marks: list[tuple[float, str]], levels: list[int]
+) -> None:
+    """Nats relative to log p̂(x): what the encoder loses, then what its family cannot reach."""
+    own = run.families[0]
+    inference, amortization, approximation = (
+        run.quantities[name].mean
+        for name in ("inference_gap", f"amortization_gap_{own}", f"approximation_gap_{own}")
+    )
+    for right, gap, color, ink in (
+        (-approximation.mean, amortization, AMORTIZATION, "white"),
+        (0.0, approximation, APPROXIMATION, "black"),
+    ):
+        axes.barh(top, gap.mean, left=right - gap.mean, height=BAR, align="edge", color=color)
+        room = _per_nat(axes.get_xlim()) * abs(gap.mean)
+        number = f"{gap.mean:.2f}".replace("-", "−")
+        for text, size in ((f"{number} ± {gap.standard_error:.2f}", TEXT), (number, SMALL)):
+            if _points(text, size) < room:
+                x, y = right - gap.mean / 2, top + 0.4 * BAR
+                axes.text(x, y, text, color=ink, size=size, ha="center", va="center")
+                break
+    for gap in (inference, approximation):
+        axes.errorbar(
+            -gap.mean, top + 0.8 * BAR, xerr=gap.standard_error, color="black", lw=0.8, capsize=1.5
+        )
+    for (x, text), level in zip(marks, levels, strict=True):
+        bottom = top + BAR + LINE * (level + 0.3)
+        axes.plot([x, x], [top + BAR, bottom], color="black", lw=0.6)
+        axes.text(x, bottom, text, ha="center", va="top", size=SMALL)
+
+
+def _marks(run: Run) -> list[tuple[float, str]]:
+    """(nats relative to log p̂, what lies there), from the left."""
+    mean = {name: q.mean.mean for name, q in run.quantities.items()}
+    marks = [
+        (-mean["inference_gap"], f"L[q] {mean['elbo']:.1f}"),
+        (0.0, f"log p̂ {mean['log_px']:.1f}"),
+    ]
+    for family in run.families:
+        text = f"L[q*] {_name(family)}"
+        text += f" {mean[f'local_{family}']:.1f}" if family == run.families[0] else ""
+        marks.append((-mean[f"approximation_gap_{family}"], text))
+    return sorted((x, text.replace("-", "−")) for x, text in marks)
+
+
+def _levels(marks: list[tuple[float, str]], limits: tuple[float, float]) -> list[int]:
+    """The line under the bar for each mark's text, such that texts do not overlap."""
+    free: list[float] = []  # where each line is free from, in points
+    levels = []
+    for x, text in marks:
+        left = x * _per_nat(limits) - _points(text, SMALL) / 2
+        level = next((i for i, end in enumerate(free) if end < left), len(free))
+        free[level : level + 1] = [left + _points(text, SMALL) + 3]
+        levels.append(level)
+    return levels
+
+
+def _per_nat(limits: tuple[float, float]) -> float:
+    """Points for each nat of an x axis with these limits; 0.92 of the width is inside the axes."""
+    return 0.92 * 72 * WIDTH / (limits[1] - limits[0])
+
+
+def _points(text: str, size: float) -> float:
+    """The width of a text, roughly."""
+    return 0.55 * size * len(text)
+
+
+def _name(family: str) -> str:
+    return FAMILIES.get(family, family)
+
+
+def _draw_datapoints(axes: Axes, run: Run) -> None:
+    """Every datapoint's gaps stacked, in the order of their sum."""
+    amortization = run.quantities[f"amortization_gap_{run.families[0]}"].values
+    inference = run.quantities["inference_gap"].values
+    order = np.argsort(-inference)
+    edges = np.arange(len(order) + 1)
+    for top, bottom, color in (
+        (amortization, np.zeros_like(inference), AMORTIZATION),
+        (inference, amortization, APPROXIMATION),
+    ):
+        axes.stairs(top[order], edges, baseline=bottom[order], fill=True, color=color)
+    axes.axhline(0, color="black", lw=0.6)
+    axes.set_xlim(0, len(order))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel(f"each of the {len(order)} datapoints, largest inference gap first")
+    axes.set_ylabel("nats lost")
+
+
+def _footer(runs: Sequence[Run]) -> str:
+    counts = sorted({len(run.indices) for run in runs})
+    seeds = sorted({str(run.settings.get("seed")) for run in runs})
+    data = sorted(
+        {f"{r.settings.get('data.name')} {r.settings.get('evaluate.split')}" for r in runs}
+    )
+    return (
+        f"Mean ± paired standard error over {' or '.join(map(str, counts))} datapoints of "
+        f"{', '.join(data)}; seed {', '.join(seeds)}."
+    )

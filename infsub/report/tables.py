@@ -1,0 +1,192 @@
+"""A run's table, or several runs side by side, as Markdown, CSV and LaTeX."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from infsub import gaps
+from infsub.report.runs import Run, label, line_names
+
+# What a run says of itself in a caption; runs that are joined also say where they differ.
+SETTINGS = ("data", "evaluate", "model.latent_dim", "model.posterior", "seed")
+COLUMNS = (
+    "± over datapoints: the standard error, of a gap the paired one; ± Monte Carlo: over random "
+    "keys, on these datapoints; 95 % interval: bootstrap over datapoints."
+)
+ERRORS = (
+    "In parentheses, the standard error of the last digits: of a bound over random keys, on these "
+    "datapoints; of a gap over datapoints, paired. Bold: better than every other run on the same "
+    "data by more than 2 standard errors of the difference."
+)
+
+
+def in_parentheses(value: float, error: float) -> str:
+    """`-88.45(3)`: the error's leading digit (two, if the first is a 1) in units of the last place."""
+    if not math.isfinite(error) or error <= 0:
+        return f"{value:.2f}"
+    exponent = math.floor(math.log10(error))
+    decimals = min(max(0, -exponent + (error < 1.95 * 10.0**exponent)), 4)
+    digits = round(error * 10**decimals)
+    return f"{value:.{decimals}f}({digits})" if digits else f"{value:.{decimals}f}"
+
+
+def best_runs(runs: Sequence[Run]) -> dict[str, set[int]]:
+    """For each quantity, the runs (by position) whose value is to be set in bold.
+
+    A run is the best when its mean is ahead of that of every other run on the same data by more
+    than 2 standard errors of the difference: paired on the same datapoints, else added in squares.
+    """
+    best: dict[str, set[int]] = {}
+    for name in [n for n in line_names(runs) if not n.startswith("gain")]:
+        for i, run in enumerate(runs):
+            others = [o for o in runs if o is not run and o.data == run.data]
+            others = [o for o in others if name in o.quantities]
+            if name in run.quantities and others and all(_ahead(name, run, o) for o in others):
+                best.setdefault(name, set()).add(i)
+    return best
+
+
+def _ahead(name: str, run: Run, other: Run) -> bool:
+    a, b = run.quantities[name], other.quantities[name]
+    if np.array_equal(run.indices, other.indices):
+        difference = gaps.gap(a.values, b.values)
+        lead, error = difference.mean, difference.standard_error
+    else:
+        lead = a.mean.mean - b.mean.mean
+        error = math.hypot(a.mean.standard_error, b.mean.standard_error)
+    return (-lead if a.is_gap else lead) > 2 * error
+
+
+def markdown(runs: Sequence[Run]) -> list[str]:
+    """The table's rows: all errors of one run, or a column for each of several."""
+    if len(runs) == 1:
+        head = "| nats | mean | ± over datapoints | ± Monte Carlo | 95 % interval |"
+        return [head, "|---|---:|---:|---:|:---:|", *_markdown_lines(runs[0])]
+    best = best_runs(runs)
+    table = [
+        "| nats | " + " | ".join(run.name for run in runs) + " |",
+        "|---|" + "---:|" * len(runs),
+    ]
+    for name in line_names(runs):
+        cells = []
+        for i, run in enumerate(runs):
+            quantity = run.quantities.get(name)
+            cell = in_parentheses(quantity.mean.mean, quantity.error) if quantity else "–"
+            cells.append(f"**{cell}**" if i in best.get(name, ()) else cell)
+        table.append(f"| {label(name)} | " + " | ".join(cells) + " |")
+    counts = [str(len(run.indices)) for run in runs]
+    return [*table, "| datapoints | " + " | ".join(counts) + " |"]
+
+
+def _markdown_lines(run: Run) -> Iterator[str]:
+    for name in line_names([run]):
+        mean = run.quantities[name].mean
+        low, high = gaps.bootstrap_interval(run.quantities[name].values)
+        yield (
+            f"| {label(name)} | {mean.mean:.2f} | {mean.standard_error:.2f} "
+            f"| {mean.monte_carlo_error:.2g} | {low:.2f} … {high:.2f} |"
+        )
+
+
+def footer(runs: Sequence[Run]) -> list[str]:
+    """What a reader of the Markdown table must know, and the datapoints to look at."""
+    several = len(runs) > 1
+    text = [f"Nats a datapoint. {ERRORS if several else COLUMNS}", *_settings(runs)]
+    text += [f"{run.name}: {note}" if several else note for run in runs for note in run.notes]
+    flagged = [(run, flag) for run in runs for flag in run.flags]
+    if flagged:
+        text.append("Datapoints to look at, by index into the data set's split:")
+    paragraphs = "\n\n".join(text).splitlines()
+    for run, flag in flagged:
+        indices = ": " + ", ".join(map(str, flag.indices)) if flag.indices else ""
+        paragraphs.append(f"- {f'{run.name}: ' * several}{flag.text}{indices}")
+    return paragraphs
+
+
+def _settings(runs: Sequence[Run]) -> list[str]:
+    """Number of points, seed and settings: where each run differs, then what they share."""
+
+    def phrase(run: Run, shared: bool) -> str:
+        fields = {
+            name: value
+            for name, value in run.settings.items()
+            if all(other.settings.get(name) == value for other in runs) == shared
+            and (name.startswith(SETTINGS) or not shared)
+        }
+        return ", ".join(f"{name}={_compact(v)}" for name, v in fields.items() if v != "")
+
+    text = []
+    for run in runs:
+        differences = phrase(run, shared=False)
+        head = f"{run.name}: " if len(runs) > 1 else ""
+        text.append(f"{head}{len(run.indices)} datapoints{differences and ', ' + differences}.")
+    return [*text, f"Settings: {phrase(runs[0], shared=True)}."]
+
+
+def _compact(value: Any) -> str:
+    return "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def csv_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """One line a run and quantity, in nats."""
+    rows = []
+    for run in runs:
+        for name in line_names([run]):
+            quantity = run.quantities[name]
+            low, high = gaps.bootstrap_interval(quantity.values)
+            rows.append(
+                {"run": run.name, "quantity": name, **quantity.mean._asdict()}
+                | {"low_95": low, "high_95": high, "seed": run.settings.get("seed")}
+                | {k: run.settings.get(k) for k in ("data.name", "evaluate.split")}
+            )
+    return rows
+
+
+def latex(runs: Sequence[Run]) -> str:
+    """A booktabs table, a column a run."""
+    best = best_runs(runs)
+    body = []
+    for name in line_names(runs):
+        cells = [label(name, latex=True)]
+        for i, run in enumerate(runs):
+            quantity = run.quantities.get(name)
+            cell = in_parentheses(quantity.mean.mean, quantity.error) if quantity else "--"
+            bold = i in best.get(name, ())
+            cells.append(rf"$\mathbf{{{cell}}}$" if bold else f"${cell}$" if quantity else cell)
+        if name.startswith("approximation") and r"\midrule" not in body:
+            body.append(r"\midrule")
+        body.append(" & ".join(cells) + r" \\")
+    counts = [str(len(run.indices)) for run in runs]
+    caption = [f"Where inference loses its nats, averages a datapoint. {ERRORS}", *_settings(runs)]
+    caption += [note for run in runs for note in run.notes] if len(runs) == 1 else []
+    return "\n".join(
+        [
+            r"% \usepackage{booktabs}",
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{_escape(' '.join(caption))}}}",
+            rf"\begin{{tabular}}{{l{'r' * len(runs)}}}",
+            r"\toprule",
+            " & ".join(["nats", *(_escape(run.name) for run in runs)]) + r" \\",
+            r"\midrule",
+            *body,
+            r"\midrule",
+            " & ".join(["datapoints", *counts]) + r" \\",
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+def _escape(text: str) -> str:
+    """Plain text as LaTeX."""
+    special = {c: "\\" + c for c in "&%$#_{}"}
+    special |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    special |= {"±": r"$\pm$", "−": "$-$", "\0": r"$\hat p$"}
+    return "".join(special.get(c, c) for c in text.replace("p̂", "\0"))  # p̂ is two characters

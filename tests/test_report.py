@@ -1,0 +1,405 @@
+"""Reports from synthetic rows: the numbers, the files, the sentences for mistakes."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from infsub import config as configs
+from infsub import report as reports
+from infsub.report import __main__ as command
+from infsub.report import figures, tables
+from infsub.report.runs import load_run
+from infsub.types import UserError
+
+N = 40
+FILES = ("table.md", "table.csv", "table.tex", "gaps.png", "gaps.pdf")
+
+
+def make_run(
+    folder, seed=0, families=("gaussian",), own="gaussian", shift=0.0, edit=None, **fields
+):
+    """A run with realistic rows: 20 nats of spread, gaps of about 2 nats."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = configs.default()
+    config.model.posterior.name = own
+    config.evaluate.local.families = families
+    with config.unlocked():
+        config.report.update(fields)
+    document = {
+        "config": configs.to_json(config),
+        "identified": {"data identity": "digits"},
+    }
+    (folder / "config.json").write_text(json.dumps(document))
+    rng, digits = np.random.default_rng(seed), np.random.default_rng(99)
+    rows = []
+    for n in range(N):
+        log_px = digits.normal(-86.4, 20.0) + shift
+        local = log_px - digits.gamma(4, 0.5)
+        row = {"index": 7 * n, "label": n % 10, "elbo": local - rng.gamma(4, 0.55), "elbo_se": 0.2}
+        for i, family in enumerate(families):
+            row |= {f"local_{family}": local + 0.5 * i, f"local_{family}_se": 0.1}
+            row |= {f"local_{family}_converged": True, f"local_{family}_steps": 1500}
+        row |= {"iwae": log_px - 0.3, "iwae_se": 0.3, "iwae_ess": 40.0, "iwae_pareto_k": 0.5}
+        row |= {"ais": log_px, "ais_se": 0.1, "ais_ess": 12.0, "ais_acceptance": 0.8}
+        if n == 3:  # IWAE is the tighter one here
+            row["iwae"] = log_px + 1
+        best = max("iwae", "ais", key=lambda key, row=row: row[key])
+        row |= {"log_px": row[best], "log_px_se": row[f"{best}_se"]}
+        rows.append(row)
+    if edit:
+        edit(rows)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def column(rows, key):
+    return np.array([row[key] for row in rows])
+
+
+def test_report_writes_the_numbers_of_the_rows(tmp_path, capsys):
+    rows = make_run(tmp_path)
+    reports.report(str(tmp_path))
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        [*FILES, "rows.jsonl", "config.json"]
+    )
+    with (tmp_path / "table.csv").open() as file:
+        lines = {line["quantity"]: line for line in csv.DictReader(file)}
+    want = {
+        "elbo": column(rows, "elbo"),
+        "local_gaussian": column(rows, "local_gaussian"),
+        "iwae": column(rows, "iwae"),
+        "ais": column(rows, "ais"),
+        "log_px": np.maximum(column(rows, "iwae"), column(rows, "ais")),
+        "log_px_max_of_means": column(rows, "ais"),
+    }
+    want["approximation_gap_gaussian"] = want["log_px"] - want["local_gaussian"]
+    want["amortization_gap_gaussian"] = want["local_gaussian"] - want["elbo"]
+    want["inference_gap"] = want["log_px"] - want["elbo"]
+    assert list(lines) == list(want)
+    for name, values in want.items():
+        line = lines[name]
+        assert float(line["mean"]) == pytest.approx(values.mean())
+        assert float(line["standard_error"]) == pytest.approx(values.std(ddof=1) / np.sqrt(N))
+        assert float(line["low_95"]) < values.mean() < float(line["high_95"])
+        assert (line["num_datapoints"], line["seed"]) == (str(N), "0")
+    monte_carlo = float(lines["amortization_gap_gaussian"]["monte_carlo_error"])
+    assert monte_carlo == pytest.approx(np.hypot(0.2, 0.1) / np.sqrt(N))
+
+    page = (tmp_path / "table.md").read_text()
+    printed = capsys.readouterr().out
+    mean = want["inference_gap"].mean()
+    for text in (page, printed):
+        assert f"| inference gap | {mean:.2f} | " in text
+        assert "IWAE of 1, AIS of 39" in text
+    assert f"{N} datapoints." in page
+    assert "evaluate.ais.num_temperatures=100" in page
+    assert "seed=0" in page
+
+
+def test_report_needs_no_log_px_and_no_errors_in_the_rows(tmp_path):
+    def strip(rows):
+        for row in rows:
+            for key in ("log_px", "log_px_se", "elbo_se"):
+                del row[key]
+
+    rows = make_run(tmp_path, edit=strip)
+    run = load_run(str(tmp_path))
+    best = np.maximum(column(rows, "iwae"), column(rows, "ais"))
+    np.testing.assert_array_equal(run.quantities["log_px"].values, best)
+    assert run.quantities["log_px"].errors[[2, 3]].tolist() == [0.1, 0.3]
+    assert np.isnan(run.quantities["inference_gap"].mean.monte_carlo_error)
+    reports.report(str(tmp_path))
+
+
+def test_families_own_first_and_the_split_of_the_approximation_gap(tmp_path):
+    make_run(tmp_path, families=("gaussian", "full_gaussian", "auxiliary"), own="auxiliary")
+    run = load_run(str(tmp_path))
+    mean = {name: quantity.mean.mean for name, quantity in run.quantities.items()}
+    assert run.families[0] == "auxiliary"
+    assert "amortization_gap_auxiliary" in mean
+    assert mean["gain_gaussian"] == pytest.approx(mean["local_gaussian"] - mean["elbo"])
+    assert mean["covariance_gap"] == pytest.approx(0.5)
+    split = mean["covariance_gap"] + mean["approximation_gap_full_gaussian"]
+    assert split == pytest.approx(mean["approximation_gap_gaussian"])
+    make_run(tmp_path, own="planar")
+    assert any("planar, was not optimised locally" in n for n in load_run(str(tmp_path)).notes)
+
+
+def test_datapoints_to_look_at_are_listed_by_dataset_index(tmp_path):
+    def spoil(rows):
+        rows[1]["ais"] = None
+        rows[2]["elbo"] = float("-inf")
+        rows[4]["local_gaussian_converged"] = False
+        rows[5]["ais_ess"] = 2.0
+        rows[3]["iwae_pareto_k"] = rows[6]["iwae_pareto_k"] = 0.9
+
+    make_run(tmp_path, edit=spoil)
+    clean = make_run(tmp_path / "clean")
+    run = load_run(str(tmp_path))
+    texts = {flag.text: flag.indices for flag in run.flags}
+    assert texts == {
+        "L[q] is not finite at 1 of 40 datapoints, left out": [14],
+        "AIS is not finite at 1 of 40 datapoints, left out": [7],
+        "L[q*] FFG: local optimisation not converged at 1 of 38 datapoints": [28],
+        "AIS: effective sample size below 4 at 1 of 38 datapoints "
+        "(log p̂ rests on it at 1 of them)": [35],
+        "IWAE: Pareto k above 0.7 at 2 of 38 datapoints (log p̂ rests on it at 1 of them)": [21, 42],
+    }
+    others = [row for row in clean if row["index"] not in (7, 14)]
+    np.testing.assert_array_equal(run.quantities["elbo"].values, column(others, "elbo"))
+    reports.report(str(tmp_path))
+    assert (
+        "- AIS is not finite at 1 of 40 datapoints, left out: 7\n"
+        in (tmp_path / "table.md").read_text()
+    )
+    make_run(tmp_path, edit=spoil, min_ess=1.5, max_pareto_k=0.95)
+    assert len(load_run(str(tmp_path)).flags) == 3  # thresholds are the config's
+
+
+def test_bounds_out_of_order_and_an_estimator_that_failed_are_said(tmp_path):
+    def spoil(rows):
+        for row in rows:
+            row["elbo"] = row["log_px"] + 1
+            row["iwae"] = None
+
+    make_run(tmp_path, edit=spoil)
+    run = load_run(str(tmp_path))
+    assert any("Negative" in n and "amortization gap FFG" in n for n in run.notes)
+    assert [f.text for f in run.flags] == ["IWAE is finite nowhere, left out"]
+    assert "iwae" not in run.quantities
+
+
+def test_certificate_is_one_sentence(tmp_path):
+    make_run(tmp_path)
+    gap = [0.02, 0.10, 0.06, None]
+    lines = [{"index": i, "lower": -90.0, "upper": g and -90 + g} for i, g in enumerate(gap)]
+    (tmp_path / "bdmc.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = load_run(str(tmp_path))
+    assert "On simulated data the AIS bound is within 0.06 ± 0.02 nats" in run.notes[-1]
+    assert run.flags[-1].indices == [3]
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [
+        (-88.449, 0.031, "-88.45(3)"),
+        (-88.449, 0.014, "-88.449(14)"),
+        (2.043, 0.0961, "2.04(10)"),
+        (2.043, 0.091, "2.04(9)"),
+        (-90.59, 2.1, "-91(2)"),
+        (-90.59, 1.2, "-90.6(12)"),
+        (-1234.5, 23.0, "-1234(23)"),
+        (1.0, float("nan"), "1.00"),
+        (1.0, 0.0, "1.00"),
+    ],
+)
+def test_in_parentheses(value, error, text):
+    assert tables.in_parentheses(value, error) == text
+
+
+def test_bold_only_beyond_two_paired_standard_errors(tmp_path):
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "b", shift=0.05)  # ahead by 0.05 at every datapoint of 20 nats of spread
+
+    def best(*names):
+        return tables.best_runs([load_run(str(tmp_path / name)) for name in names])
+
+    found = best("a", "b")
+    assert found["ais"] == {1}
+    assert "approximation_gap_gaussian" not in found  # equal
+    make_run(tmp_path / "c", shift=0.05, edit=lambda rows: rows.pop())
+    assert "ais" not in best("a", "c")  # other datapoints: unpaired, far from significant
+    make_run(tmp_path / "d", shift=50)
+    document = json.loads((tmp_path / "d/config.json").read_text())
+    document["identified"]["data identity"] = "clothes"
+    (tmp_path / "d/config.json").write_text(json.dumps(document))
+    assert best("a", "d") == {}  # other data: not compared
+    assert best("a", "b", "d")["ais"] == {1}
+
+    def wins_half(rows):
+        for row in rows[::2]:
+            row["elbo"] += 1
+
+    make_run(tmp_path / "e", edit=wins_half)
+    make_run(tmp_path / "f", edit=lambda rows: [row.update(elbo=row["elbo"] + 0.4) for row in rows])
+    assert best("a", "e", "f").get("elbo") is None  # ahead of a, but e and f are not told apart
+    gap = "amortization_gap_gaussian"
+    assert best("a", "e")[gap] == {1}  # of gaps the smaller is better
+
+
+def test_join_writes_one_table_and_one_figure(tmp_path, capsys):
+    make_run(tmp_path / "runs_1/ffg", families=("gaussian", "auxiliary"))
+    make_run(tmp_path / "af", families=("auxiliary",), own="auxiliary", shift=1.0)
+    out = tmp_path / "new" / "tables"
+    arguments = ["--workdirs", str(tmp_path / "runs_1/ffg"), f"100% AF_2={tmp_path / 'af'}"]
+    assert command.main([*arguments, "--out", str(out)]) == 0
+    assert sorted(p.name for p in out.iterdir()) == sorted(FILES)
+    page = (out / "table.md").read_text()
+    assert "| nats | ffg | 100% AF_2 |" in page
+    assert re.search(r"\| AIS \| -\d+\.\d+\(\d+\) \| \*\*-\d+\.\d+\(\d+\)\*\* \|", page)
+    assert re.search(r"\| L\[q\*\] FFG \| -\d+\.\d+\(\d+\) \| – \|", page)
+    assert f"| datapoints | {N} | {N} |" in page
+    assert re.search(r"100% AF_2: 40 datapoints, .*model.posterior.name=auxiliary", page)
+    assert capsys.readouterr().out.startswith("| nats | ffg |")
+
+    assert command.main(["--workdirs", str(tmp_path / "af"), str(tmp_path / "af")]) == 2
+    assert "NAME=DIR" in capsys.readouterr().err
+    assert command.main(["--workdirs", str(tmp_path / "nowhere"), "--out", str(out)]) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+def check_latex(text):
+    """Braces and environments match, every row has the columns that were declared."""
+    unescaped = re.sub(r"\\[\\{}$&%#_^]", "", text)
+    assert unescaped.count("$") % 2 == 0
+    assert re.search(r"[_^#~]", re.sub(r"\$[^$]*\$", "", unescaped)) is None
+    depth = 0
+    for character in unescaped:
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        assert depth >= 0
+    assert depth == 0
+    assert re.findall(r"\\begin{(\w+)}", text) == re.findall(r"\\end{(\w+)}", text)[::-1]
+    columns = re.search(r"\\begin{tabular}{(\w+)}\n(.*)\\end{tabular}", text, re.DOTALL)
+    assert columns
+    rules = [r"\toprule", r"\midrule", r"\bottomrule"]
+    rows = [line for line in columns[2].splitlines() if line not in rules]
+    for row in rows:
+        assert row.endswith(r" \\")
+        assert len(re.split(r"(?<!\\)&", row)) == len(columns[1])
+    return rows
+
+
+def latex_runs(tmp_path):
+    make_run(tmp_path / "a", families=("gaussian", "full_gaussian"))
+    make_run(tmp_path / "b", shift=0.5)
+    return [load_run(str(tmp_path / "a"), "50% {x} & #1_a\\^~$"), load_run(str(tmp_path / "b"))]
+
+
+def test_latex_is_well_formed(tmp_path):
+    runs = latex_runs(tmp_path)
+    for text in (tables.latex(runs), tables.latex(runs[:1])):
+        rows = check_latex(text)
+        assert len(rows) == 15
+        assert text.isascii()
+        assert "evaluate.iwae\\_samples=5000" in text
+    assert re.search(r"\$\\mathbf{-\d+\.\d+\(\d+\)}\$", tables.latex(runs))
+
+
+def test_latex_passes_a_parser(tmp_path):
+    walker = pytest.importorskip("pylatexenc.latexwalker")
+    text = tables.latex(latex_runs(tmp_path))
+    nodes, _, _ = walker.LatexWalker(text, tolerant_parsing=False).get_latex_nodes()
+    table = next(n for n in nodes if n.isNodeType(walker.LatexEnvironmentNode))
+    inner = [n.environmentname for n in table.nodelist if n.isNodeType(walker.LatexEnvironmentNode)]
+    assert (table.environmentname, inner) == ("table", ["tabular"])
+
+
+def test_a_bar_goes_from_the_elbo_over_the_local_bound_to_log_px(tmp_path):
+    make_run(tmp_path, families=("gaussian", "full_gaussian"))
+    run = load_run(str(tmp_path))
+    gap = {n: q.mean for n, q in run.quantities.items() if q.is_gap}
+    boundary = -gap["approximation_gap_gaussian"].mean
+    for runs in ([run], [run, run._replace(name="other")]):
+        axes = figures.gap_figure(runs).axes
+        assert len(axes) == (2 if len(runs) == 1 else 1)  # datapoints only of a single run
+        bars = [
+            bar.get_window_extent().transformed(axes[0].transData.inverted())
+            for bar in axes[0].patches
+        ]
+        want = [(-gap["inference_gap"].mean, boundary), (boundary, 0)] * len(runs)
+        np.testing.assert_allclose([bar.intervalx for bar in bars], want, atol=1e-9)
+        texts = [text.get_text() for text in axes[0].texts]
+        amortization = gap["amortization_gap_gaussian"]
+        assert f"{amortization.mean:.2f} ± {amortization.standard_error:.2f}" in texts
+        assert "L[q*] full" in texts
+        assert ("other" in texts) == (len(runs) == 2)
+
+
+def test_figure_files_are_a_column_wide_and_repeatable(tmp_path):
+    make_run(tmp_path)
+    run = load_run(str(tmp_path))
+    image = Image.open(io.BytesIO(figures.encode(figures.gap_figure([run]), "png")))
+    assert image.width == pytest.approx(3.4 * 300, abs=1)
+    pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
+    for color in ((0, 0x72, 0xB2), (0xF0, 0xB4, 0x30)):
+        assert np.mean(np.all(pixels == color, axis=-1)) > 0.03
+    pdf = figures.encode(figures.gap_figure([run, run]), "pdf")
+    assert pdf.startswith(b"%PDF")
+    assert pdf == figures.encode(figures.gap_figure([run, run]), "pdf")
+    make_run(tmp_path, edit=lambda rows: rows.__delitem__(slice(1, None)))
+    one = load_run(str(tmp_path))  # one datapoint: its errors are NaN
+    assert figures.encode(figures.gap_figure([one]), "png")
+
+
+@pytest.mark.parametrize("missing", ["matplotlib", "log_px"])
+def test_without_a_figure_the_tables_are_still_written(tmp_path, capsys, monkeypatch, missing):
+    def strip(rows):
+        for row in rows:
+            for key in ("iwae", "ais", "log_px"):
+                del row[key]
+
+    if missing == "matplotlib":
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        make_run(tmp_path)
+    else:
+        make_run(tmp_path, edit=strip)
+    reports.report(str(tmp_path))
+    assert (tmp_path / "table.tex").exists()
+    assert not (tmp_path / "gaps.png").exists()
+    assert "No figure: " in capsys.readouterr().out
+
+
+def rewrite(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda folder: (folder / "rows.jsonl").unlink(), "rows.jsonl is missing or has no"),
+        (rewrite("rows.jsonl", ""), "no complete row; evaluate the run first"),
+        (rewrite("rows.jsonl", '{"index": 3, "el'), "no complete row"),
+        (rewrite("rows.jsonl", '{"index": 1, "elbo": 1}\n{"ind\n{"index": 2}\n'), "line 2 is torn"),
+        (rewrite("rows.jsonl", '{"index": 1}\n'), "line 1 must be a JSON object with index and"),
+        (rewrite("rows.jsonl", '{"index": 1, "elbo": "low"}\n'), "elbo must be a number"),
+        (rewrite("rows.jsonl", '{"index": 1, "elbo": null}\n'), "no datapoint whose bounds are"),
+        (rewrite("config.json", "{"), "config.json, the run's settings, cannot be read"),
+        (rewrite("config.json", "[]"), "config.json, the run's settings, cannot be read"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_write_nothing(tmp_path, spoil, said):
+    make_run(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(UserError) as caught:
+        reports.report(str(tmp_path))
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not any((tmp_path / name).exists() for name in FILES)
+
+
+def test_the_order_of_the_rows_does_not_matter(tmp_path):
+    make_run(tmp_path)
+    want = load_run(str(tmp_path))
+    make_run(tmp_path, edit=lambda rows: rows.reverse())  # as several workers may write them
+    got = load_run(str(tmp_path))
+    np.testing.assert_array_equal(got.indices, want.indices)
+    np.testing.assert_array_equal(got.quantities["ais"].values, want.quantities["ais"].values)
+
+
+def test_a_torn_last_row_and_rows_evaluated_twice(tmp_path):
+    rows = make_run(tmp_path)
+    again = rows[5] | {"elbo": -300.0}
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write(json.dumps(again) + '\n{"index": 1000, "elbo": -9')
+    run = load_run(str(tmp_path))
+    assert run.indices.tolist() == [7 * n for n in range(N)]
+    assert run.quantities["elbo"].values[5] == -300
