@@ -73,7 +73,6 @@ def geometric_path(target: Target, base: Gaussian | None) -> tuple[hmc.Path, Gau
 
     Raises:
       ValueError: base is None but the target has a prior of its own, or the shapes don't match.
-      TypeError: base is no Gaussian.
     """
     dim = target.latent_dim
     if base is None:
@@ -84,11 +83,6 @@ def geometric_path(target: Target, base: Gaussian | None) -> tuple[hmc.Path, Gau
             )
         base = Gaussian(jnp.zeros(dim), jnp.ones(dim))
         return hmc.Path(Partial(densities.standard_normal), Partial(log_likelihood, target)), base
-    if not isinstance(base, Gaussian):
-        raise TypeError(
-            "q must be a Gaussian(mean, scale), whose density AIS can anneal, or None for the "
-            f"prior; got {type(base).__name__}"
-        )
     if jnp.shape(base.mean) != (dim,) or jnp.shape(base.scale) != (dim,):
         raise ValueError(
             f"q must have mean and scale of shape [{dim}], the target's latent_dim; got "
@@ -263,6 +257,7 @@ def _ais(key, target, q, betas, step_size, settings):
 
 
 def check_arguments(
+    q: Gaussian | None,
     num_chains: int,
     num_temperatures: int,
     num_leapfrog: int,
@@ -270,7 +265,12 @@ def check_arguments(
     adaptation: str,
     step_size: float | Array | None,
 ) -> tuple[Array, Array, Settings]:
-    """The arguments of `ais` as (betas [T+1], step_size [] or [T], settings), or a ValueError."""
+    """The arguments of `ais` as (betas [T+1], step_size [] or [T], settings), or an error."""
+    if q is not None and not isinstance(q, Gaussian):
+        raise TypeError(
+            "q must be a Gaussian(mean, scale), whose density AIS can anneal, or None for the "
+            f"prior; got {type(q).__name__}"
+        )
     if adaptation not in ADAPTATIONS:
         raise ValueError(f"adaptation must be one of {', '.join(ADAPTATIONS)}; got {adaptation!r}")
     if step_size is not None:
@@ -306,7 +306,7 @@ def ais_with_info(
 ) -> tuple[Estimate, AISInfo]:
     """`ais`, and what one may look at of its run: acceptance by temperature, non-finite counts."""
     betas, step_size, settings = check_arguments(
-        num_chains, num_temperatures, num_leapfrog, schedule, adaptation, step_size
+        q, num_chains, num_temperatures, num_leapfrog, schedule, adaptation, step_size
     )
     return _ais(key, target, q, betas, step_size, settings)
 

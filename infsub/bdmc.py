@@ -93,7 +93,7 @@ def reverse_ais(
     """
     _check_sample(z, target)
     betas, step_size, settings = check_arguments(
-        num_chains, num_temperatures, num_leapfrog, schedule, "pilot", step_size
+        q, num_chains, num_temperatures, num_leapfrog, schedule, "pilot", step_size
     )
     return _reverse_ais(key, target, z, q, betas, step_size, settings)
 
@@ -146,6 +146,6 @@ def bdmc(
     z, target, q = model(key_model)
     _check_sample(z, target)
     betas, step_size, settings = check_arguments(
-        num_chains, num_temperatures, num_leapfrog, schedule, "pilot", step_size
+        q, num_chains, num_temperatures, num_leapfrog, schedule, "pilot", step_size
     )
     return _bdmc(key, target, z, q, betas, step_size, settings)

@@ -69,7 +69,6 @@ def log_weight(key: Key, target: Target, q: Sampler) -> Array:
     return log_joint(target, z) - log_q
 
 
-@partial(jax.jit, static_argnames="num_samples")
 def elbo(key: Key, target: Target, q: Gaussian | Sampler, num_samples: int = 100) -> Estimate:
     """Evidence lower bound L[q] = E_q[log p(x, z) − log q(z)] (Kingma & Welling 2014, eq. 3).
 
@@ -86,12 +85,22 @@ def elbo(key: Key, target: Target, q: Gaussian | Sampler, num_samples: int = 100
       ValueError: num_samples < 1, or q's shape is not the target's.
       TypeError: a density returns no scalar.
     """
-    num_samples = positive_int("num_samples", num_samples)
-    draw = partial(log_weight, target=target, q=sampler(q))
+    return _elbo(key, target, sampler(q), positive_int("num_samples", num_samples))
+
+
+@partial(jax.jit, static_argnames="num_samples")
+def _elbo(key: Key, target: Target, q: Partial, num_samples: int) -> Estimate:
+    draw = partial(log_weight, target=target, q=q)
     log_weights = jax.vmap(draw)(jax.random.split(key, num_samples))
     nan = jnp.full((), jnp.nan, log_weights.dtype)
     error = jnp.std(log_weights, ddof=1) / math.sqrt(num_samples) if num_samples > 1 else nan
     return Estimate(jnp.mean(log_weights), error, nan, nan, log_weights, nan)
+
+
+def log_sum_exp(log_weights: Array) -> Array:
+    """log Σ exp, [K] -> [], NaN if any of them is: XLA's vectorised exp on a CPU loses NaN."""
+    total = jax.nn.logsumexp(log_weights)
+    return jnp.where(jnp.any(jnp.isnan(log_weights)), jnp.nan, total)
 
 
 def log_mean_exp(log_weights: Array) -> Estimate:
@@ -101,7 +110,7 @@ def log_mean_exp(log_weights: Array) -> Estimate:
     effective sample size (Σw)² / Σw²; NaN for K = 1.
     """
     (num_samples,) = log_weights.shape
-    total, total_squares = jax.nn.logsumexp(log_weights), jax.nn.logsumexp(2 * log_weights)
+    total, total_squares = log_sum_exp(log_weights), log_sum_exp(2 * log_weights)
     return _estimate(total, total_squares, num_samples, log_weights)
 
 
@@ -117,7 +126,6 @@ def _estimate(total: Array, total_squares: Array, num_samples: int, log_weights:
     return Estimate(total - math.log(num_samples), error, ess, nan, log_weights, nan)
 
 
-@partial(jax.jit, static_argnames=("num_samples", "chunk_size"))
 def iwae(
     key: Key,
     target: Target,
@@ -147,18 +155,23 @@ def iwae(
       TypeError: a density returns no scalar.
     """
     num_samples = positive_int("num_samples", num_samples)
-    num_chunks = -(-num_samples // positive_int("chunk_size", chunk_size))
+    return _iwae(key, target, sampler(q), num_samples, positive_int("chunk_size", chunk_size))
+
+
+@partial(jax.jit, static_argnames=("num_samples", "chunk_size"))
+def _iwae(key: Key, target: Target, q: Partial, num_samples: int, chunk_size: int) -> Estimate:
+    num_chunks = -(-num_samples // chunk_size)
     chunk_size = -(-num_samples // num_chunks)
     tail_size = min(_tail_size(num_samples), chunk_size * num_chunks)
-    draw = partial(log_weight, target=target, q=sampler(q))
+    draw = partial(log_weight, target=target, q=q)
 
     def chunk(carry, start):
         total, total_squares, tail = carry
         index = start + jnp.arange(chunk_size)
         log_weights = jax.vmap(lambda k: draw(jax.random.fold_in(key, k)))(index)
         log_weights = jnp.where(index < num_samples, log_weights, -jnp.inf)
-        total = jnp.logaddexp(total, jax.nn.logsumexp(log_weights))
-        total_squares = jnp.logaddexp(total_squares, jax.nn.logsumexp(2 * log_weights))
+        total = jnp.logaddexp(total, log_sum_exp(log_weights))
+        total_squares = jnp.logaddexp(total_squares, log_sum_exp(2 * log_weights))
         tail, _ = jax.lax.top_k(jnp.concatenate([tail, log_weights]), tail_size + 1)
         return (total, total_squares, tail), None
 

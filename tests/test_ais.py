@@ -1,0 +1,257 @@
+"""AIS: exact in law on linear-Gaussian models, tight from bad starts, robust to bad likelihoods."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.tree_util import Partial
+from models import linear_gaussian
+
+import infsub
+from infsub import schedules
+from infsub.types import Gaussian, Target
+
+
+def wrong(q, shift=0.2, width=1.15):
+    return Gaussian(q.mean + shift * q.scale, width * q.scale)
+
+
+def simulate(model, num_points, seed=7):
+    return jax.vmap(model.simulate)(jax.random.split(jax.random.key(seed), num_points))
+
+
+def mean_and_error(ratio):
+    return ratio.mean(), ratio.std(ddof=1) / np.sqrt(ratio.size)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "adaptive"])
+@pytest.mark.parametrize("latent_dim", [1, 10, 50])
+def test_weights_average_to_px(latent_dim, schedule):
+    """E[w] = p(x) at few temperatures, with the pilot's frozen step sizes."""
+    model = linear_gaussian(latent_dim, 2 * latent_dim)
+    _, xs = simulate(model, 2000)
+
+    def point(key, x, model):
+        q = wrong(model.best_gaussian(x))
+        estimate = infsub.ais(key, model.target(x), q, 2, 8, 3, schedule)
+        return jnp.exp(estimate.log_weights - model.log_px(x))
+
+    ratio = infsub.map_datapoints(point, jax.random.key(0), xs, model, block_size=500)
+    mean, error = mean_and_error(ratio.mean(axis=1))
+    assert error < 0.05
+    assert abs(mean - 1) < 3 * error
+
+
+@pytest.mark.parametrize("latent_dim", [1, 10, 50])
+def test_reverse_weights_average_to_one_over_px(latent_dim):
+    model = linear_gaussian(latent_dim, 2 * latent_dim)
+    zs, xs = simulate(model, 2000)
+
+    def point(key, z_x, model):
+        z, x = z_x
+        q = wrong(model.best_gaussian(x))
+        estimate = infsub.reverse_ais(key, model.target(x), z, q, 2, 8, 3)
+        return jnp.exp(model.log_px(x) - estimate.log_weights), estimate.log_px - model.log_px(x)
+
+    ratio, excess = infsub.map_datapoints(point, jax.random.key(0), (zs, xs), model, block_size=500)
+    mean, error = mean_and_error(ratio.mean(axis=1))
+    assert error < 0.05
+    assert abs(mean - 1) < 3 * error
+    assert excess.mean() > 0  # an upper bound
+
+
+@pytest.mark.parametrize("latent_dim", [1, 10])
+def test_prior_start(latent_dim):
+    model = linear_gaussian(latent_dim, 2 * latent_dim, noise=1.0)
+    _, xs = simulate(model, 1000)
+
+    def point(key, x, model):
+        estimate = infsub.ais(key, model.target(x), None, 8, 10, 3, "power")
+        return jnp.exp(estimate.log_weights - model.log_px(x))
+
+    ratio = infsub.map_datapoints(point, jax.random.key(0), xs, model, block_size=500)
+    mean, error = mean_and_error(ratio.mean(axis=1))
+    assert error < 0.05
+    assert abs(mean - 1) < 3 * error
+
+
+def test_standard_error_is_honest():
+    """z-scores of log p̂ against the truth have unit variance; a bootstrap gives the same error."""
+    model = linear_gaussian(10, 20)
+    _, xs = simulate(model, 300)
+
+    def point(key, x, model):
+        q = wrong(model.best_gaussian(x), 0.2, 1.1)
+        return infsub.ais(key, model.target(x), q, 64, 20, 3), model.log_px(x)
+
+    estimate, truth = infsub.map_datapoints(point, jax.random.key(0), xs, model, block_size=100)
+    z_scores = (estimate.log_px - truth) / estimate.standard_error
+    assert abs(z_scores.mean() + estimate.standard_error.mean() / 2) < 3 / np.sqrt(300)
+    assert abs(z_scores.std() - 1) < 4 / np.sqrt(2 * 300)
+    rng, log_weights = np.random.default_rng(0), estimate.log_weights[:20]
+    resampled = log_weights[:, rng.integers(0, 64, (1000, 64))]
+    bootstrap = np.log(np.exp(resampled - log_weights.max(1)[:, None, None]).mean(2)).std(1)
+    np.testing.assert_allclose(bootstrap, estimate.standard_error[:20], rtol=0.15)
+    assert np.all((estimate.ess >= 1) & (estimate.ess <= 64))
+
+
+def test_tight_from_a_deliberately_bad_q_where_iwae_is_not():
+    model = linear_gaussian(50, 100, noise=0.2)
+    _, xs = simulate(model, 20)
+
+    def point(key, x, model):
+        best = model.best_gaussian(x)
+        bad = Gaussian(best.mean + 0.5 * best.scale, 2 * best.scale)  # four times the variance
+        target = model.target(x)
+        annealed = infsub.ais(key, target, bad, 16, 200)
+        return annealed, infsub.iwae(key, target, bad, 5000), model.log_px(x)
+
+    annealed, iwae, truth = infsub.map_datapoints(point, jax.random.key(0), xs, model)
+    assert abs((annealed.log_px - truth).mean()) < 0.3
+    assert (truth - iwae.log_px).mean() > 5
+    assert np.all(iwae.pareto_k > 0.7)
+
+
+def test_a_constant_likelihood_gives_exactly_its_value():
+    """Nothing to anneal: every log weight is the constant, whatever the chains do."""
+    target = Target(None, lambda z: -3.25 + 0 * jnp.sum(z), 6)
+    estimate = infsub.ais(jax.random.key(0), target, None, 4, 10)
+    np.testing.assert_allclose(estimate.log_weights, -3.25, rtol=1e-5)
+
+
+def test_own_prior():
+    """z ~ N(1, 0.5²) and x|z ~ N(z, 1): log p(x) = log N(x; 1, 1.25)."""
+    x, dim = jnp.array([0.3, 2.0]), 2
+    prior = partial(infsub_normal, mean=jnp.ones(dim), scale=jnp.full(dim, 0.5))
+    target = Target(prior, Partial(infsub_normal, x, scale=jnp.ones(dim)), dim)
+    estimate = infsub.ais(
+        jax.random.key(0), target, Gaussian(jnp.zeros(dim), jnp.ones(dim)), 512, 50
+    )
+    truth = infsub_normal(x, jnp.ones(dim), jnp.sqrt(jnp.full(dim, 1.25)))
+    assert abs(estimate.log_px - truth) < 4 * estimate.standard_error
+    with pytest.raises(ValueError, match="q=None starts at N"):
+        infsub.ais(jax.random.key(0), target)
+
+
+def infsub_normal(z, mean, scale):
+    return jnp.sum(jax.scipy.stats.norm.logpdf(z, mean, scale))
+
+
+def test_frozen_step_sizes_are_used_as_given():
+    model = linear_gaussian(3, 6)
+    _, xs = simulate(model, 1)
+    target, q = model.target(xs[0]), model.best_gaussian(xs[0])
+    step_size = jnp.linspace(0.05, 0.5, 20)
+    _, info = infsub.ais_with_info(jax.random.key(0), target, q, 400, 20, 2, step_size=step_size)
+    # jitter is uniform on [0.3, 1], a transition: its mean is 0.65, over 400 chains
+    assert info.acceptance.shape == (20,)
+    np.testing.assert_allclose(info.step_sizes, step_size, rtol=1e-6)
+    assert info.non_finite == 0
+    assert info.z.shape == (400, 3)
+
+
+def test_the_pilot_steers_acceptance_at_every_temperature():
+    model = linear_gaussian(20, 40, noise=0.1)
+    _, xs = simulate(model, 20)
+
+    def point(key, x, model):
+        q = wrong(model.best_gaussian(x), 0.5, 2.0)
+        return infsub.ais_with_info(key, model.target(x), q, 16, 50)[1]
+
+    info = infsub.map_datapoints(point, jax.random.key(0), xs, model)
+    by_temperature = info.acceptance.mean(axis=0)
+    assert np.all(by_temperature > 0.6)
+    assert np.all(by_temperature[10:] < 0.97)
+
+
+def test_the_authors_rule():
+    """0.01 · 1.02 or 0.98 a transition, each chain by its own acceptance, kept in [1e-4, 0.5]."""
+    flat = Target(None, lambda z: -0.5 * jnp.sum(z**2), 3)
+    _, info = infsub.ais_with_info(jax.random.key(0), flat, None, 5, 300, 2, adaptation="authors")
+    np.testing.assert_allclose(info.step_sizes[:100], 0.01 * 1.02 ** np.arange(100), rtol=1e-3)
+    assert info.step_sizes.max() <= 0.5 + 1e-6
+    sharp = Target(None, lambda z: -1e9 * jnp.sum(z**2), 3)
+    _, info = infsub.ais_with_info(jax.random.key(0), sharp, None, 5, 300, 2, adaptation="authors")
+    np.testing.assert_allclose(info.step_sizes[:100], 0.01 * 0.98 ** np.arange(100), rtol=1e-3)
+    assert info.step_sizes.min() >= 1e-4 * (1 - 1e-6)
+
+
+def test_a_non_finite_region_is_rejected_and_counted():
+    """A likelihood that is NaN for z₀ > 1: chains stay out of it and nothing else is poisoned."""
+
+    def log_likelihood(z):
+        return jnp.where(z[0] > 1, jnp.nan, 0.0) - 0.5 * jnp.sum(z**2)
+
+    start = Gaussian(jnp.array([-1.0, 0.0]), jnp.array([0.2, 1.0]))
+    target = Target(None, log_likelihood, 2)
+    estimate, info = infsub.ais_with_info(jax.random.key(0), target, start, 64, 50)
+    assert info.non_finite > 0
+    assert np.all(np.isfinite(estimate.log_weights))
+    assert info.z[:, 0].max() <= 1
+    # ∫_{z₀<1} N(z; 0, I) e^{−‖z‖²/2} dz = Φ(√2) / 2
+    truth = np.log(0.5 * 0.921350)
+    assert abs(estimate.log_px - truth) < 4 * estimate.standard_error
+
+
+@pytest.mark.parametrize("schedule", ["linear", "sigmoid", "power", "geometric"])
+@pytest.mark.parametrize("num_temperatures", [1, 2, 100])
+def test_schedules_increase_from_0_to_1(schedule, num_temperatures):
+    betas = schedules.schedule_betas(schedule, num_temperatures)
+    assert betas.shape == (num_temperatures + 1,)
+    assert betas[0] == 0
+    assert betas[-1] == 1
+    assert np.all(np.diff(betas) > 0)
+
+
+def test_the_adaptive_schedule_spends_temperatures_where_weights_vary():
+    """sd_β(log_ratio) ∝ 1/β (as from a prior): equal distances are a geometric schedule."""
+    pilot = jnp.linspace(0, 1, 200) ** 3
+    betas = schedules.equal_distances(pilot, 1 / (pilot[1:] + 0.01), 50)
+    want = 0.01 * (101 ** (np.arange(51) / 50) - 1)
+    np.testing.assert_allclose(betas, want, atol=0.01)
+    flat = schedules.equal_distances(pilot, jnp.ones(199), 50)
+    np.testing.assert_allclose(flat, np.arange(51) / 50, atol=1e-4)
+
+
+def test_an_explicit_schedule_is_the_named_one():
+    model = linear_gaussian(3, 6)
+    _, xs = simulate(model, 1)
+    target, q = model.target(xs[0]), model.best_gaussian(xs[0])
+    named = infsub.ais(jax.random.key(0), target, q, 4, 10, 2, "sigmoid")
+    explicit = infsub.ais(
+        jax.random.key(0), target, q, 4, 99, 2, schedules.schedule_betas("sigmoid", 10)
+    )
+    np.testing.assert_array_equal(named.log_weights, explicit.log_weights)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_chains": 0}, "num_chains must be a positive integer; got 0"),
+        ({"num_temperatures": 1.5}, "num_temperatures must be a positive integer; got 1.5"),
+        ({"num_leapfrog": -2}, "num_leapfrog must be a positive integer; got -2"),
+        ({"schedule": "cubic"}, "schedule must be one of linear, .*; got 'cubic'"),
+        ({"schedule": [0.0, 0.7, 0.5, 1.0]}, "increases strictly from 0 to 1"),
+        ({"schedule": [0.1, 1.0]}, "increases strictly from 0 to 1"),
+        ({"adaptation": "nuts"}, "adaptation must be one of pilot, authors; got 'nuts'"),
+        ({"step_size": [0.1, 0.2]}, r"step_size must be a number or an array \[T=100\]"),
+        ({"schedule": "adaptive", "step_size": 0.1}, "chosen by the pilot run"),
+        ({"q": Gaussian(jnp.zeros(2), jnp.ones(2))}, r"q must have mean and scale of shape \[3\]"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    target = Target(None, lambda z: jnp.sum(z), 3)
+    with pytest.raises(ValueError, match=message):
+        infsub.ais(jax.random.key(0), target, **arguments)
+
+
+def test_a_sampler_cannot_be_annealed_from():
+    target = Target(None, lambda z: jnp.sum(z), 3)
+    with pytest.raises(TypeError, match="q must be a Gaussian"):
+        infsub.ais(jax.random.key(0), target, lambda key: (jnp.zeros(3), 0.0))  # pyright: ignore
+    with pytest.raises(TypeError, match="log_likelihood must return a scalar"):
+        infsub.ais(jax.random.key(0), Target(None, lambda z: z, 3))

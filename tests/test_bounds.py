@@ -1,0 +1,218 @@
+"""ELBO and IWAE against closed forms, and the streamed forms against plain ones."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.tree_util import Partial
+from models import linear_gaussian
+
+import infsub
+from infsub import bounds
+from infsub.types import Gaussian, Target
+
+MODEL = linear_gaussian(10, 20)
+
+
+def simulate(num_points, model=MODEL):
+    _, xs = jax.vmap(model.simulate)(jax.random.split(jax.random.key(5), num_points))
+    return xs
+
+
+def wide(q):
+    """A q that is wrong, so that its gap is not zero."""
+    return Gaussian(q.mean + 0.2 * q.scale, 1.3 * q.scale)
+
+
+def test_elbo_is_log_px_minus_kl():
+    xs = simulate(200)
+
+    def point(key, x, model):
+        q = wide(model.best_gaussian(x))
+        estimate = infsub.elbo(key, model.target(x), q, num_samples=500)
+        return estimate, model.log_px(x) - model.kl(x, q)
+
+    estimate, truth = infsub.map_datapoints(point, jax.random.key(0), xs, MODEL)
+    z_scores = (estimate.log_px - truth) / estimate.standard_error
+    assert abs(z_scores.mean()) < 3 / np.sqrt(200)
+    # 200 independent standard errors are right when their z-scores have unit variance.
+    assert abs(z_scores.var() - 1) < 3 * np.sqrt(2 / 200)
+
+
+def test_elbo_of_the_exact_posterior_is_log_px():
+    model = linear_gaussian(1, 3)  # one latent dimension: the posterior is a Gaussian of the family
+    x = simulate(1, model)[0]
+    estimate = infsub.elbo(jax.random.key(0), model.target(x), model.best_gaussian(x))
+    np.testing.assert_allclose(estimate.log_px, model.log_px(x), rtol=1e-5)
+    assert estimate.standard_error < 1e-5
+
+
+@pytest.mark.parametrize("latent_dim", [1, 10])
+def test_iwae_weights_average_to_px(latent_dim):
+    model = linear_gaussian(latent_dim, 20)
+    num_points = 2000
+    xs = simulate(num_points, model)
+
+    def point(key, x, model):
+        q = wide(model.best_gaussian(x))
+        estimate = infsub.iwae(key, model.target(x), q, num_samples=20)
+        return jnp.exp(estimate.log_px - model.log_px(x))
+
+    ratio = infsub.map_datapoints(point, jax.random.key(0), xs, model)
+    assert abs(ratio.mean() - 1) < 3 * ratio.std() / np.sqrt(num_points)
+    assert ratio.std() / np.sqrt(num_points) < 0.02
+
+
+def test_iwae_converges_to_log_px_with_an_honest_standard_error():
+    def point(key, x, model):
+        best = model.best_gaussian(x)
+        q = Gaussian(best.mean, 1.2 * best.scale)  # light tails: all moments of w exist
+        return infsub.iwae(key, model.target(x), q, 5000), model.log_px(x)
+
+    estimate, truth = infsub.map_datapoints(point, jax.random.key(1), simulate(100), MODEL)
+    z_scores = (estimate.log_px - truth) / estimate.standard_error
+    assert estimate.standard_error.max() < 0.1
+    # E[log mean w] = log p(x) − error² / 2, to second order, so a z-score's mean is −error / 2.
+    assert abs(z_scores.mean() + estimate.standard_error.mean() / 2) < 3 / np.sqrt(100)
+    assert abs(z_scores.std() - 1) < 0.25
+
+
+@pytest.mark.parametrize("num_samples", [1, 7, 1000, 1003])
+def test_streaming_does_not_change_the_estimate(num_samples):
+    x = simulate(1)[0]
+    target, q = MODEL.target(x), wide(MODEL.best_gaussian(x))
+    key = jax.random.key(2)
+    streamed = infsub.iwae(key, target, q, num_samples, chunk_size=100)
+    draw = partial(bounds.log_weight, target=target, q=bounds.sampler(q))
+    keys = jax.vmap(lambda k: jax.random.fold_in(key, k))(jnp.arange(num_samples))
+    plain = bounds.log_mean_exp(jax.vmap(draw)(keys))
+    whole = infsub.iwae(key, target, q, num_samples, chunk_size=num_samples)
+    for other in (plain, whole):
+        np.testing.assert_allclose(streamed.log_px, other.log_px, rtol=1e-5)
+        np.testing.assert_allclose(streamed.standard_error, other.standard_error, rtol=1e-3)
+        np.testing.assert_allclose(streamed.ess, other.ess, rtol=1e-3)
+    np.testing.assert_allclose(streamed.pareto_k, whole.pareto_k, rtol=1e-3)
+
+
+def plain_pareto_k(weights):
+    """Zhang & Stephens' estimator in float64, line by line from Vehtari et al.'s appendix."""
+    weights = np.sort(np.asarray(weights, np.float64))
+    size = int(np.ceil(min(0.2 * weights.size, 3 * np.sqrt(weights.size))))
+    excess = weights[-size:] - weights[-size - 1]
+    grid = np.arange(1, 30 + int(np.sqrt(size)) + 1)
+    quartile = excess[int(np.floor(size / 4 + 0.5)) - 1]
+    theta = 1 / excess[-1] + (1 - np.sqrt(grid.size / (grid - 0.5))) / (3 * quartile)
+    k = np.array([np.mean(np.log1p(-t * excess)) for t in theta])
+    profile = size * (np.log(-theta / k) - k - 1)
+    weight = 1 / np.array([np.sum(np.exp(profile - p)) for p in profile])
+    k = np.mean(np.log1p(-np.sum(weight * theta) * excess))
+    return (k * size + 5) / (size + 10)
+
+
+@pytest.mark.parametrize("shape", [0.2, 0.5, 0.9])
+def test_pareto_k_finds_the_shape_of_the_tail(shape):
+    uniform = np.random.default_rng(0).uniform(size=(50, 4000))
+    weights = (uniform**-shape - 1) / shape + 0.5
+    tail = jnp.sort(jnp.log(weights), axis=1)[:, ::-1][:, : bounds._tail_size(4000) + 1]
+    found = jax.vmap(bounds.pareto_k)(tail)
+    np.testing.assert_allclose(found[:5], [plain_pareto_k(w) for w in weights[:5]], rtol=0.01)
+    # asymptotic variance (1 + k)² / M of the estimator's maximum likelihood form, over 50 data sets
+    error = (1 + shape) / np.sqrt(190 * 50)
+    assert abs(found.mean() - shape) < 4 * error + 0.03  # 0.03: its prior pulls k towards 0.5
+
+
+def test_pareto_k_of_equal_weights_does_not_warn():
+    assert bounds.pareto_k(jnp.zeros(100)) == -jnp.inf
+
+
+def test_iwae_warns_of_a_bad_q_and_not_of_a_good_one():
+    model = linear_gaussian(50, 100, noise=0.3)
+    x = simulate(1, model)[0]
+    best = model.best_gaussian(x)
+    mean, cov = model.posterior(x)
+    root = jnp.linalg.cholesky(cov)
+
+    def near_exact(key):
+        noise = jax.random.normal(key, mean.shape)
+        log_q = -0.5 * noise @ noise - jnp.sum(jnp.log(jnp.diag(root))) - 25 * jnp.log(2 * jnp.pi)
+        return mean + root @ noise, log_q
+
+    bad = Gaussian(best.mean + 0.5 * best.scale, 2 * best.scale)
+    warned = infsub.iwae(jax.random.key(0), model.target(x), bad, 5000)
+    silent = infsub.iwae(jax.random.key(0), model.target(x), near_exact, 5000)
+    assert warned.pareto_k > 0.7
+    assert warned.log_px < model.log_px(x) - 3
+    assert silent.pareto_k < 0.5
+    np.testing.assert_allclose(silent.log_px, model.log_px(x), atol=1e-3)
+
+
+def test_float64():
+    with jax.enable_x64(True):
+        model = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), MODEL)
+        x = model.simulate(jax.random.key(0))[1]
+        q = model.best_gaussian(x)
+        for estimate in (
+            infsub.elbo(jax.random.key(1), model.target(x), q, 10),
+            infsub.iwae(jax.random.key(1), model.target(x), q, 40),
+            infsub.ais(jax.random.key(1), model.target(x), q, 4, 5, 2),
+        ):
+            assert all(leaf.dtype == jnp.float64 for leaf in estimate)
+
+
+def test_gradients_flow_through_the_elbo():
+    x = simulate(1)[0]
+    best = MODEL.best_gaussian(x)
+
+    def bound(q):
+        return infsub.elbo(jax.random.key(0), MODEL.target(x), q, 4000).log_px
+
+    at_best, at_wrong = jax.grad(bound)(best), jax.grad(bound)(wide(best))
+    # the closed-form gradient −∂KL, 0 at the best q
+    exact = jax.grad(lambda q: -MODEL.kl(x, q))(wide(best))
+    for got, want in zip(at_wrong, exact, strict=True):
+        np.testing.assert_allclose(got, want, atol=0.3)
+    assert max(jnp.abs(leaf).max() for leaf in at_best) < 0.3
+
+
+def test_one_nan_weight_makes_the_estimate_nan():
+    """XLA's vectorised exp may lose a NaN: log Σ exp of eight NaNs was once log 3."""
+    log_weights = jnp.zeros((50, 40)).at[7, 3].set(jnp.nan)
+    estimate = jax.jit(jax.vmap(bounds.log_mean_exp))(log_weights)
+    for value in (estimate.log_px, estimate.standard_error, estimate.ess):
+        assert np.flatnonzero(np.isnan(value)).tolist() == [7]
+
+
+@pytest.mark.parametrize("estimator", [infsub.elbo, infsub.iwae])
+def test_bad_arguments_are_named(estimator):
+    key, x = jax.random.key(0), simulate(1)[0]
+    q = MODEL.best_gaussian(x)
+    with pytest.raises(ValueError, match="num_samples must be a positive integer; got 0"):
+        estimator(key, MODEL.target(x), q, num_samples=0)
+    with pytest.raises(ValueError, match=r"q must sample z of shape \[10\].*\(3,\)"):
+        estimator(key, MODEL.target(x), Gaussian(jnp.zeros(3), jnp.ones(3)))
+    vector = Target(None, lambda z: z, 10)
+    with pytest.raises(TypeError, match="log_likelihood must return a scalar"):
+        estimator(key, vector, q)
+    with pytest.raises(TypeError, match="log_likelihood must be a function"):
+        Target(None, 3.0, 10)  # pyright: ignore
+    with pytest.raises(ValueError, match="latent_dim must be a positive integer; got -1"):
+        Target(None, lambda z: 0.0, -1)
+
+
+def test_a_new_datapoint_does_not_compile_anew():
+    traces = []
+
+    def log_likelihood(x, z):
+        traces.append(1)
+        return -jnp.sum((x - z) ** 2)
+
+    q = Gaussian(jnp.zeros(3), jnp.ones(3))
+    for x in (jnp.zeros(3), jnp.ones(3), 2 * jnp.ones(3)):
+        infsub.iwae(jax.random.key(0), Target(None, Partial(log_likelihood, x), 3), q, 10)
+        if x[0] == 0:
+            first = len(traces)
+    assert len(traces) == first

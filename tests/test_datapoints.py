@@ -1,0 +1,138 @@
+"""map_datapoints: a datapoint's result depends on its index alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.tree_util import Partial
+from models import linear_gaussian
+
+import infsub
+from infsub.types import Gaussian, Target
+
+MODEL = linear_gaussian(4, 8)
+XS = jax.vmap(MODEL.simulate)(jax.random.split(jax.random.key(0), 23))[1]
+
+
+def point(key, x, model):
+    return infsub.ais(key, model.target(x), model.best_gaussian(x), 4, 10, 3)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return infsub.map_datapoints(point, jax.random.key(1), XS, MODEL, block_size=23)
+
+
+@pytest.mark.parametrize("block_size", [1, 5, 22, 1000, None])
+def test_blocks_do_not_change_results(whole, block_size):
+    blocks = infsub.map_datapoints(point, jax.random.key(1), XS, MODEL, block_size=block_size)
+    assert blocks.log_px.shape == (23,)
+    # other shapes round differently in the last bits; nothing else may differ
+    np.testing.assert_allclose(blocks.log_px, whole.log_px, atol=2e-4)
+    np.testing.assert_allclose(blocks.log_weights, whole.log_weights, atol=1e-3)
+
+
+def test_a_subset_gives_the_same_rows(whole):
+    chosen = np.array([20, 3, 11])
+    rows = infsub.map_datapoints(
+        point, jax.random.key(1), XS[chosen], MODEL, block_size=2, indices=chosen
+    )
+    np.testing.assert_allclose(rows.log_px, whole.log_px[chosen], atol=2e-4)
+
+
+def test_all_blocks_share_one_compilation():
+    traces, done = [], []
+
+    def counted(key, x, scale):
+        traces.append(1)
+        return scale * jnp.sum(x)
+
+    for scale in (1.0, 2.0):
+        infsub.map_datapoints(
+            counted,
+            jax.random.key(0),
+            XS,
+            jnp.asarray(scale),
+            block_size=4,
+            progress=lambda n, total: done.append((n, total)),
+        )
+    assert len(traces) == 1
+    assert done == [(n, 23) for n in (4, 8, 12, 16, 20, 23)] * 2
+
+
+def test_several_devices_give_the_same_numbers(whole, tmp_path):
+    script = tmp_path / "devices.py"
+    script.write_text(
+        "import jax, numpy as np, sys\n"
+        "from test_datapoints import XS, MODEL, point\n"
+        "import infsub\n"
+        "assert jax.device_count() == 3\n"
+        "out = infsub.map_datapoints(point, jax.random.key(1), XS, MODEL, block_size=5)\n"
+        "np.save(sys.argv[1], out.log_px)\n"
+    )
+    env = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=3",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(Path(__file__).parent),
+    }
+    result = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "out.npy")],
+        env=env, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), whole.log_px, atol=2e-4)
+
+
+def test_one_bad_datapoint_leaves_the_others_alone():
+    """A likelihood that is NaN for some x: their estimates are NaN, every other bit is unchanged."""
+
+    def log_likelihood(x, z):
+        return jnp.where(x[0] > 0, jnp.nan, 1.0) * -jnp.sum((x - z) ** 2)
+
+    def estimates(key, x):
+        target = Target(None, Partial(log_likelihood, x), 2)
+        q = Gaussian(x, jnp.ones(2))
+        return (
+            infsub.elbo(key, target, q, 10).log_px,
+            infsub.iwae(key, target, q, 10).log_px,
+            infsub.ais(key, target, q, 4, 5, 2).log_px,
+        )
+
+    good = -jnp.abs(jax.random.normal(jax.random.key(0), (8, 2)))
+    bad = good.at[jnp.array([2, 5]), 0].set(3.0)
+    for before, after in zip(
+        infsub.map_datapoints(estimates, jax.random.key(0), good),
+        infsub.map_datapoints(estimates, jax.random.key(0), bad),
+        strict=True,
+    ):
+        assert set(np.flatnonzero(~np.isfinite(after))) == {2, 5}
+        np.testing.assert_array_equal(np.delete(after, [2, 5]), np.delete(before, [2, 5]))
+
+
+def test_a_pytree_of_data():
+    xs = {"a": np.arange(5.0), "b": (np.arange(10).reshape(5, 2),)}
+    out = infsub.map_datapoints(
+        lambda key, x: x["a"] + x["b"][0].sum(), jax.random.key(0), xs, block_size=2
+    )
+    np.testing.assert_allclose(out, xs["a"] + xs["b"][0].sum(1))
+
+
+@pytest.mark.parametrize(
+    ("xs", "options", "message"),
+    [
+        ((np.zeros(3), np.zeros(4)), {}, r"one common N ≥ 1; got shapes \[\(3,\), \(4,\)\]"),
+        (np.zeros((0, 2)), {}, "one common N ≥ 1"),
+        (np.zeros(3), {"block_size": 0}, "block_size must be a positive integer; got 0"),
+        (np.zeros(3), {"indices": np.arange(2)}, r"indices must have shape \[N=3\]"),
+    ],
+)
+def test_bad_arguments_are_named(xs, options, message):
+    with pytest.raises(ValueError, match=message):
+        infsub.map_datapoints(lambda key, x: x, jax.random.key(0), xs, **options)
