@@ -132,6 +132,7 @@ def default() -> Config:
             "picture_every": 10,  # epochs
         },
         "evaluate": {
+            "name": "",  # a folder in the workdir, for a second evaluation of the same run
             "split": "train",  # train | validation | test
             "per_class": 10,  # class-balanced points; 0: `first` points instead
             "first": 0,  # the first n points; 0 with per_class=0: all
@@ -145,7 +146,7 @@ def default() -> Config:
                 "num_temperatures": 100,
                 "num_leapfrog": 10,
                 "schedule": "linear",
-                "start": "posterior",  # posterior: from q(z|x) | prior
+                "start": "posterior",  # posterior: from q(z|x) | local: from L[q*]'s q* | prior
                 "adaptation": "pilot",  # pilot | authors
             },
             "local": {

@@ -1,0 +1,245 @@
+"""Rows of bounds: every estimator at every chosen datapoint of a trained run, resumable by block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from infsub import checkpoints, data, gaps, posteriors, records
+from infsub import config as configs
+from infsub.ais import ais
+from infsub.bdmc import bdmc
+from infsub.bounds import elbo, iwae
+from infsub.datapoints import map_datapoints
+from infsub.local import optimize_local
+from infsub.types import Array, Estimate, Gaussian, Key, Target, UserError
+from infsub.vae import VAE, Variables, make_vae
+
+# Rows (datapoints × samples) a dispatch works on: what fits a CPU's caches, or fills a GPU.
+_ROWS = {"cpu": 1000}
+_ROWS_ACCELERATOR = 16_000
+
+
+def evaluate(config: configs.Config, workdir: Path) -> list[int]:
+    """Writes one row of bounds for every chosen datapoint of a run to `rows.jsonl`.
+
+    A row holds index, label, and for every estimator its value and standard error in nats with its
+    diagnostics. A datapoint's key is fold_in(seed's key, index), so neither blocks nor resuming
+    change its numbers. With bdmc.num_points, `bdmc.jsonl` gets the two-sided bounds of points that
+    the model simulates. `config.evaluate.name` puts a second evaluation of a run in a folder of
+    its own.
+
+    Returns:
+      Indices of the datapoints at which an estimate is not finite.
+
+    Raises:
+      UserError: no trained run; a choice of points the data cannot give; rows of other settings.
+    """
+    run, settings = records.read_run(workdir), config.evaluate
+    dataset = data.load(**{"data_dir" if k == "dir" else k: v for k, v in config.data.items()})
+    split = dataset.split(settings.split)
+    indices = choose(split, settings)
+    variables, step = checkpoints.load_variables(workdir, settings.checkpoint)
+    variables = jax.device_put(variables)
+    vae = make_vae(config.model, dataset.image_shape, dataset.levels)
+    folder = _claim(workdir, settings, run, step)
+    key_rows, key_bdmc, key_images = jax.random.split(jax.random.key(config.seed), 3)
+    rows_per_block = _ROWS.get(jax.default_backend(), _ROWS_ACCELERATOR)
+    block_size = settings.block_size or max(1, rows_per_block // settings.ais.num_chains)
+    block_size = -(-len(indices) // -(-len(indices) // block_size))  # blocks of equal size
+
+    chunk_size = max(1, rows_per_block // block_size)
+    point = partial(bounds_of_datapoint, vae=vae, settings=settings, chunk_size=chunk_size)
+
+    def images(block: np.ndarray) -> np.ndarray:
+        return np.asarray(data.batch(split.images, jnp.asarray(block), key_images))
+
+    def evaluated(block: np.ndarray) -> dict[str, Any]:
+        labels = [None] * len(block) if split.labels is None else split.labels[block]
+        columns = map_datapoints(
+            point, key_rows, images(block), variables, block_size=block_size, indices=block
+        )
+        return {"label": labels} | columns
+
+    rows = _write_rows(folder / "rows.jsonl", "evaluating", indices, block_size, evaluated)
+    if settings.bdmc.num_points:
+        simulated = np.arange(settings.bdmc.num_points)
+        certified = partial(certify_datapoint, vae=vae, settings=settings)
+
+        def bounded(block: np.ndarray) -> dict[str, Any]:
+            return map_datapoints(
+                certified, key_bdmc, block, variables, block_size=block_size, indices=block
+            )
+
+        _write_rows(folder / "bdmc.jsonl", "certifying", simulated, block_size, bounded)
+    bounds = [name for name in rows[0] if f"{name}_se" in rows[0]]
+    return [row["index"] for row in rows if not all(_finite(row[name]) for name in bounds)]
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def choose(split: data.Split, settings: Any) -> np.ndarray:
+    """Indices into a split [N], by file, per class, first n, or all."""
+    if settings.indices_file:
+        return _read_indices(Path(settings.indices_file), split.size)
+    if settings.first:
+        return data.subset(split, first=settings.first)
+    if settings.per_class and split.labels is not None:
+        return data.subset(split, per_class=settings.per_class)
+    if settings.per_class:  # a data set without labels: as many points, from the front
+        return data.subset(split, first=min(10 * settings.per_class, split.size))
+    return np.arange(split.size)
+
+
+def _read_indices(path: Path, size: int) -> np.ndarray:
+    try:
+        indices = np.array([int(line) for line in path.read_text().split()])
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"config.evaluate.indices_file={path} must be a file of integers, one a line ({error})."
+        ) from error
+    if not indices.size or indices.min() < 0 or indices.max() >= size:
+        raise UserError(f"{path} must hold indices from 0 to {size - 1}, the split's size − 1.")
+    if np.unique(indices).size < indices.size:
+        raise UserError(f"{path} names a datapoint twice: each index may stand there once.")
+    return indices
+
+
+def _claim(workdir: Path, settings: Any, run: dict[str, Any], step: int) -> Path:
+    """The folder of this evaluation, whose config.json says with which settings it is made."""
+    folder = workdir / settings.name if settings.name else workdir
+    used = {n: v for n, v in configs.flatten(settings) if n not in ("block_size", "name")}
+    used = {n: list(v) if isinstance(v, tuple) else v for n, v in used.items()} | {"step": step}
+    there = records.read_json(folder / "evaluation.json")
+    if there is not None and there != used and records.read_rows(folder / "rows.jsonl"):
+        raise UserError(
+            f"{folder / 'rows.jsonl'} was made with other settings: "
+            f"{'; '.join(configs.differences(there, used))}. Keep both with "
+            "--config.evaluate.name=NAME, a folder for this evaluation, or remove that file."
+        )
+    if settings.name:
+        folder.mkdir(exist_ok=True)
+        run = run | {"config": run["config"] | {"evaluate": settings.to_dict()}}
+    else:
+        run["config"]["evaluate"] = settings.to_dict()
+    records.write_json(folder / "config.json", run)
+    records.write_json(folder / "evaluation.json", used)
+    return folder
+
+
+def _write_rows(
+    path: Path,
+    label: str,
+    indices: np.ndarray,
+    block_size: int,
+    block_columns: Callable[[np.ndarray], dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """Appends a row for each index, block by block, after the whole blocks that are there already."""
+    rows = records.read_rows(path)
+    done = [row["index"] for row in rows]
+    if done != indices[: len(done)].tolist():
+        raise UserError(f"{path} holds other datapoints: remove it, or name this evaluation.")
+    if len(rows) < len(indices):  # a killed run may have torn its last block
+        rows = rows[: len(rows) // block_size * block_size]
+        records.rewrite_rows(path, rows)
+    progress = records.Progress(len(indices), label, len(rows), "datapoint")
+    for start in range(len(rows), len(indices), block_size):
+        block = indices[start : start + block_size]
+        columns = {"index": block} | block_columns(block)
+        lists = [np.asarray(column).tolist() for column in columns.values()]
+        block_rows = [
+            dict(zip(columns, values, strict=True)) for values in zip(*lists, strict=True)
+        ]
+        records.append_rows(path, block_rows)
+        rows += block_rows
+        progress.update(len(rows))
+    progress.close()
+    return rows
+
+
+def bounds_of_datapoint(
+    key: Key, x: Array, variables: Variables, *, vae: VAE, settings: Any, chunk_size: int
+) -> dict[str, Array]:
+    """Every bound of one x [H, W, C] as named scalars: value, `_se`, diagnostics; all in nats."""
+    key_q, key_elbo, key_iwae, key_ais, key_local = jax.random.split(key, 5)
+    target, q = vae.target(variables, x), vae.sampler(variables, x)
+    base = _start(key_q, vae, variables, x)
+    row = _columns("elbo", elbo(key_elbo, target, q, settings.elbo_samples))
+
+    start = None if settings.ais.start == "prior" else base
+    for number, family in enumerate(settings.local.families):
+        options = {"target": target} if family == "hamiltonian" else {}
+        posterior = posteriors.make(family, vae.latent_dim, **options)
+        key_init, key_fit, key_moments = jax.random.split(jax.random.fold_in(key_local, number), 3)
+        params = posterior.init(key_init)
+        if settings.local.preset == "fast":  # from the encoder; the authors start at N(0, I)
+            params = posteriors.with_gaussian(params, base)
+        local = optimize_local(key_fit, target, posterior, params, settings.local.preset)
+        name = f"local_{family}"
+        row |= _columns(name, local.elbo) | _columns(f"{name}_iwae", local.iwae)
+        row |= {f"{name}_steps": local.num_steps, f"{name}_converged": local.converged}
+        if settings.ais.start == "local" and number == 0:
+            start = posteriors.moment_matched(key_moments, posterior, local.params)
+
+    options = {k: v for k, v in settings.ais.items() if k != "start"}
+    estimates = {
+        "iwae": iwae(key_iwae, target, q, settings.iwae_samples, chunk_size=chunk_size),
+        "ais": ais(key_ais, target, start, **options),
+    }
+    for name, estimate in estimates.items():
+        row |= _columns(name, estimate)
+    return row | _columns("log_px", gaps.tightest(*estimates.values()), diagnostics=False)
+
+
+def _start(key: Key, vae: VAE, variables: Variables, x: Array) -> Gaussian:
+    """The Gaussian to start from: the encoder's own, or one with the moments of its flow."""
+    params, posterior = vae.encode(variables, x), vae.posterior(variables, x)
+    if not params["shared"] and set(params["encoded"]) == {"mean", "log_scale"}:
+        return posteriors.gaussian_of(params)
+    return posteriors.moment_matched(key, posterior, params)
+
+
+def _columns(name: str, estimate: Estimate, diagnostics: bool = True) -> dict[str, Array]:
+    columns = {name: estimate.log_px, f"{name}_se": estimate.standard_error}
+    if diagnostics and not name.startswith(("elbo", "local")):
+        columns |= {f"{name}_ess": estimate.ess}
+        match name:
+            case "iwae":
+                columns |= {f"{name}_pareto_k": estimate.pareto_k}
+            case "ais":
+                columns |= {f"{name}_acceptance": estimate.acceptance}
+    return columns
+
+
+def simulate(key: Key, variables: Variables, *, vae: VAE) -> tuple[Array, Target, Gaussian]:
+    """A datapoint of the model's own: z ~ p(z), the target of x ~ p(x|z), the encoder's Gaussian."""
+    key_z, key_x, key_q = jax.random.split(key, 3)
+    z = jax.random.normal(key_z, (vae.latent_dim,))
+    x = vae.sample_x(key_x, variables, z)
+    return z, vae.target(variables, x), _start(key_q, vae, variables, x)
+
+
+def certify_datapoint(
+    key: Key, _: Array, variables: Variables, *, vae: VAE, settings: Any
+) -> dict[str, Array]:
+    """The two-sided bounds of one datapoint that the model simulates, as named scalars in nats."""
+
+    def model(key: Key) -> tuple[Array, Target, Gaussian | None]:
+        z, target, q = simulate(key, variables, vae=vae)
+        return z, target, None if settings.ais.start == "prior" else q
+
+    options = {k: v for k, v in settings.ais.items() if k not in ("start", "adaptation")}
+    result = bdmc(key, model, **options)
+    columns = {"gap": result.gap, "gap_se": result.standard_error}
+    for name, estimate in (("lower", result.lower), ("upper", result.upper)):
+        columns |= {name: estimate.log_px, f"{name}_se": estimate.standard_error}
+    return columns
