@@ -48,7 +48,7 @@ def make_run(
             row |= {f"local_{family}": local + 0.5 * i, f"local_{family}_se": 0.1}
             row |= {f"local_{family}_converged": True, f"local_{family}_steps": 1500}
         row |= {"iwae": log_px - 0.3, "iwae_se": 0.3, "iwae_ess": 40.0, "iwae_pareto_k": 0.5}
-        row |= {"ais": log_px, "ais_se": 0.1, "ais_ess": 12.0, "ais_acceptance": 0.8}
+        row |= {"ais": log_px, "ais_se": 0.1, "ais_ess": 12.0, "ais_acceptance": [0.8, 0.7]}
         if n == 3:  # IWAE is the tighter one here
             row["iwae"] = log_px + 1
         best = max("iwae", "ais", key=lambda key, row=row: row[key])
@@ -333,6 +333,7 @@ def test_figure_files_are_a_column_wide_and_repeatable(tmp_path):
         assert np.mean(np.all(pixels == color, axis=-1)) > 0.03
     pdf = figures.encode(figures.gap_figure([run, run]), "pdf")
     assert pdf.startswith(b"%PDF")
+    assert b"CreationDate" not in pdf
     assert pdf == figures.encode(figures.gap_figure([run, run]), "pdf")
     make_run(tmp_path, edit=lambda rows: rows.__delitem__(slice(1, None)))
     one = load_run(str(tmp_path))  # one datapoint: its errors are NaN

@@ -35,6 +35,7 @@ LINES = {
     "gain_{}": ("L[q*] {} − L[q]", r"$\mathcal{L}[q^*_{\mathrm{{}}}] - \mathcal{L}[q]$"),
     "inference_gap": ("inference gap", "inference gap"),
 }
+DIAGNOSTICS = ("_ess", "_pareto_k", "_converged")
 MIN_ESS = 4.0  # effective samples of one datapoint, unless config.report.min_ess
 MAX_PARETO_K = 0.7  # Vehtari et al. 2024, arXiv 1507.02646, unless config.report.max_pareto_k
 
@@ -101,13 +102,14 @@ def load_run(workdir: str, name: str = "") -> Run:
     path = folder / "rows.jsonl"
     by_index = {row["index"]: row for row in _read_rows(path, "index", "elbo")}
     rows = [by_index[i] for i in sorted(by_index)]  # a datapoint evaluated again: the last counts
-    keys = dict.fromkeys(key for row in rows for key in row if key != "label")
-    columns = {key: _column(path, rows, key) for key in keys}
     document = _read_run(folder)
     config = document["config"]
 
+    keys = dict.fromkeys(key for row in rows for key in row)
     local = [k for k in keys if k.startswith("local_") and f"{k}_se" in keys and "_iwae" not in k]
     wanted = [k for k in ("elbo", *local, "iwae", "ais", "log_px") if k in keys]
+    used = [k for k in keys if k in ("index", *wanted) or k.endswith(("_se", *DIAGNOSTICS))]
+    columns = {key: _column(path, rows, key) for key in used}
     bounds = [k for k in wanted if np.isfinite(columns[k]).any()]
     failed = [k for k in wanted if k not in bounds]
     finite = np.all([np.isfinite(columns[k]) for k in bounds or ["index"]], axis=0)
@@ -234,14 +236,14 @@ def _suspects(columns: dict[str, np.ndarray], thresholds: dict[str, Any]) -> lis
     """Datapoints whose bounds need a second look, from the diagnostics [N] beside them."""
     min_ess = thresholds.get("min_ess", MIN_ESS)
     max_k = thresholds.get("max_pareto_k", MAX_PARETO_K)
-    tests = {
-        "_ess": (lambda v: v < min_ess, f"effective sample size below {min_ess:g}"),
-        "_pareto_k": (lambda v: v > max_k, f"Pareto k above {max_k:g}"),
-        "_converged": (lambda v: v == 0, "local optimisation not converged"),
-    }
+    tests = (
+        (lambda v: v < min_ess, f"effective sample size below {min_ess:g}"),
+        (lambda v: v > max_k, f"Pareto k above {max_k:g}"),
+        (lambda v: v == 0, "local optimisation not converged"),
+    )
     flags = []
     for key, values in columns.items():
-        for suffix, (test, text) in tests.items():
+        for suffix, (test, text) in zip(DIAGNOSTICS, tests, strict=True):
             bad = test(values)
             if not key.endswith(suffix) or not bad.any():
                 continue
