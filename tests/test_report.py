@@ -254,6 +254,9 @@ def test_join_writes_one_table_and_one_figure(tmp_path, capsys):
     assert "NAME=DIR" in capsys.readouterr().err
     assert command.main(["--workdirs", str(tmp_path / "nowhere"), "--out", str(out)]) == 2
     assert "nowhere" in capsys.readouterr().err
+    a_file = tmp_path / "af/rows.jsonl"
+    assert command.main(["--workdirs", str(tmp_path / "af"), "--out", str(a_file)]) == 2
+    assert "rows.jsonl cannot be written to" in capsys.readouterr().err
 
 
 def check_latex(text):

@@ -24,7 +24,7 @@ def report(workdir: str) -> None:
     """Writes table.md, .csv, .tex and gaps.png, .pdf of one run into its workdir; prints the table.
 
     Raises:
-      UserError: there are no rows, or they cannot be read.
+      UserError: there are no rows, or they cannot be read, or nothing can be written there.
     """
     _write([load_run(workdir)], Path(workdir))
 
@@ -43,11 +43,18 @@ def join(workdirs: Sequence[str], out: str) -> None:
             f"--workdirs has runs of the same name ({', '.join(names)}); write NAME=DIR for each."
         )
     runs = [load_run(folder, name) for name, (_, folder) in zip(names, pairs, strict=True)]
-    Path(out).mkdir(parents=True, exist_ok=True)
     _write(runs, Path(out))
 
 
 def _write(runs: list[Run], out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        _write_files(runs, out)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written to ({error.strerror}).") from error
+
+
+def _write_files(runs: list[Run], out: Path) -> None:
     table = tables.markdown(runs)
     page = "\n".join([*table, "", *tables.footer(runs), ""])
     records.write_bytes(out / "table.md", page.encode())
