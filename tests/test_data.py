@@ -87,19 +87,19 @@ def test_binary_images_are_packed_and_batch_is_jittable():
 
 def test_dynamic_binarisation_is_a_function_of_key_and_row_with_the_grey_levels_as_means():
     train = data.load("mnist5k", binarisation="dynamic").train
-    rows = jnp.arange(5)
+    batch, rows = jax.jit(data.batch), jnp.arange(5)
     key, other = jax.random.split(jax.random.key(1))
-    x = data.batch(train.images, rows, key)
-    np.testing.assert_array_equal(x, jax.jit(data.batch)(train.images, rows, key))
-    np.testing.assert_array_equal(x[3:4], data.batch(train.images, rows[3:4], key))
-    assert (x != data.batch(train.images, rows, other)).any()
+    x = np.asarray(batch(train.images, rows, key))
+    np.testing.assert_array_equal(x, batch(train.images, rows, key))
+    np.testing.assert_array_equal(x[3:4], batch(train.images, rows[3:4], key))
+    assert (x != batch(train.images, rows, other)).any()
     assert set(np.unique(x)) == {0.0, 1.0}
     draws = jax.jit(jax.vmap(data.batch, (None, None, 0)))(
         train.images, rows, jax.random.split(key, 500)
     )
-    grey = train.images.values[rows] / 255.0
-    z = (draws.mean(0) - grey) / jnp.sqrt(jnp.maximum(grey * (1 - grey), 1e-3) / 500)
-    assert jnp.abs(z).max() < 5
+    grey = np.asarray(train.images.values)[:5] / 255
+    z = (np.mean(draws, 0) - grey) / np.sqrt(np.maximum(grey * (1 - grey), 1e-3) / 500)
+    assert np.abs(z).max() < 5
     with pytest.raises(ValueError, match="needs a key"):
         data.batch(train.images, rows)
 

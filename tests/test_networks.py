@@ -18,6 +18,10 @@ def config(kind="mlp", hidden=(8,), activation="elu", init="xavier_uniform"):
     return ConfigDict({"kind": kind, "hidden": hidden, "activation": activation, "init": init})
 
 
+def initialised(net, x):
+    return jax.jit(lambda: net.init(KEY, x, train=False))()
+
+
 def num_params(variables):
     return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
 
@@ -26,19 +30,19 @@ def num_params(variables):
 def test_fully_connected_shapes_and_parameter_counts(hidden):
     x = jnp.ones((28, 28, 1))
     net = networks.encoder(config(hidden=hidden), 6)
-    variables = net.init(KEY, x, train=False)
+    variables = jax.eval_shape(lambda: net.init(KEY, x, train=False))
     widths = (784, *hidden, 6)
     assert num_params(variables) == sum((a + 1) * b for a, b in pairwise(widths))
-    assert net.apply(variables, x, train=True).shape == (6,)
+    assert jax.eval_shape(lambda v: net.apply(v, x, train=True), variables).shape == (6,)
     decode = networks.decoder(config(hidden=hidden), (28, 28, 3), 2)
-    variables = decode.init(KEY, jnp.ones(4), train=False)
+    variables = initialised(decode, jnp.ones(4))
     assert decode.apply(variables, jnp.ones(4), train=False).shape == (28, 28, 6)
 
 
 def test_no_hidden_layer_is_an_affine_map():
     net = networks.encoder(config(hidden=()), 3)
     x, y = jax.random.normal(KEY, (2, 28, 28, 1))
-    variables = net.init(KEY, x, train=False)
+    variables = initialised(net, x)
 
     def f(x):
         return net.apply(variables, x, train=False)
@@ -58,7 +62,7 @@ def test_no_hidden_layer_is_an_affine_map():
 def test_an_mlp_is_dense_activation_dense(activation, function):
     net = networks.encoder(config(hidden=(5,), activation=activation), 3)
     x = jax.random.normal(KEY, (2, 2, 1))
-    variables = net.init(KEY, x, train=False)
+    variables = initialised(net, x)
     first, last = (variables["params"][f"Dense_{i}"] for i in range(2))
     h = function(np.ravel(x) @ np.asarray(first["kernel"]) + first["bias"])
     np.testing.assert_allclose(
@@ -96,7 +100,7 @@ def test_a_transposed_convolution_is_the_convolutions_transpose_with_the_dropped
     # PyTorch's definition: ConvTranspose2d is the gradient of Conv2d.
     net = networks.ConvDecoder((2,), (15, 14, 3))  # 15 -> 6 drops a row, 14 -> 6 drops none
     z = jax.random.normal(KEY, (4,))
-    variables = net.init(KEY, z, train=False)
+    variables = initialised(net, z)
     params = variables["params"]
     h = jax.nn.elu(z @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"]).reshape(6, 6, 2)
     # lax.conv_transpose does not flip its kernel, and the gradient of a convolution does
@@ -108,7 +112,7 @@ def test_a_transposed_convolution_is_the_convolutions_transpose_with_the_dropped
         )[0]
 
     _, transpose = jax.vjp(conv, jnp.zeros((15, 14, 3)))
-    np.testing.assert_allclose(net.apply(variables, z, train=False), transpose(h)[0], atol=1e-5)
+    np.testing.assert_allclose(jax.jit(net.apply)(variables, z), transpose(h)[0], atol=1e-5)
 
 
 def normalised(h, axes):
@@ -119,34 +123,30 @@ def normalised(h, axes):
 def test_batch_statistics_are_those_of_the_batch_in_training_and_the_running_ones_in_evaluation():
     net = networks.ConvEncoder((3,), 2)
     xs = 2 + 3 * jax.random.normal(KEY, (7, 10, 10, 1))
-    variables = net.init(KEY, xs[0], train=False)
+    variables = initialised(net, xs[0])
     params = variables["params"]
 
     def head(h):
         y = jax.nn.elu(h).reshape(len(h), -1) @ params["Dense_0"]["kernel"]
         return y + params["Dense_0"]["bias"]
 
+    layout = ("NHWC", "HWIO", "NHWC")
+    kernel = params["Conv_0"]["kernel"]
     convolved = np.asarray(
-        lax.conv_general_dilated(
-            xs,
-            params["Conv_0"]["kernel"],
-            (2, 2),
-            "VALID",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        lax.conv_general_dilated(xs, kernel, (2, 2), "VALID", dimension_numbers=layout)
     )
 
     def apply(x):
         return net.apply(variables, x, train=True, mutable=["batch_stats"])
 
-    y, updated = jax.vmap(apply, out_axes=(0, None), axis_name="batch")(xs)
+    y, updated = jax.jit(jax.vmap(apply, out_axes=(0, None), axis_name="batch"))(xs)
     h, mean, var = normalised(convolved, (0, 1, 2))
     np.testing.assert_allclose(y, head(h), atol=1e-4)
     stats = updated["batch_stats"]["BatchNorm_0"]
     np.testing.assert_allclose(stats["mean"], 0.1 * mean, rtol=1e-4)
     np.testing.assert_allclose(stats["var"], 0.9 + 0.1 * var, rtol=1e-4)
 
-    evaluate = jax.vmap(lambda x: net.apply(variables | updated, x, train=False))
+    evaluate = jax.jit(jax.vmap(lambda x: net.apply(variables | updated, x, train=False)))
     np.testing.assert_allclose(
         evaluate(xs), head((convolved - stats["mean"]) / np.sqrt(stats["var"] + 1e-5)), atol=1e-4
     )
@@ -157,11 +157,12 @@ def test_batch_statistics_are_those_of_the_batch_in_training_and_the_running_one
 def test_a_decoders_statistics_are_over_datapoints_and_samples():
     net = networks.ConvDecoder((3, 2), (10, 10, 1))
     zs = jax.random.normal(KEY, (4, 5, 3))
-    variables = net.init(KEY, zs[0, 0], train=False)
+    variables = initialised(net, zs[0, 0])
 
     def apply(z):
         return net.apply(variables, z, train=True, mutable=["batch_stats"])
 
+    @jax.jit
     def run(zs):
         over_samples = jax.vmap(apply, out_axes=(0, None), axis_name="sample")
         return jax.vmap(over_samples, out_axes=(0, None), axis_name="batch")(zs)
@@ -178,7 +179,7 @@ def test_a_decoders_statistics_are_over_datapoints_and_samples():
 )
 def test_initialisations(init, std):
     net = networks.encoder(config(hidden=(200,), init=init), 100)
-    params = net.init(KEY, jnp.ones((20, 20, 1)), train=False)["params"]["Dense_0"]
+    params = initialised(net, jnp.ones((20, 20, 1)))["params"]["Dense_0"]
     kernel = np.asarray(params["kernel"])
     std = std or np.sqrt(2 / (400 + 200))
     assert abs(kernel.std() / std - 1) < 0.02
