@@ -70,7 +70,7 @@ class Checkpoints:
         path = self._directory / f"{step:08d}"
         try:
             return read(path, template)
-        except _Damaged as error:
+        except Damaged as error:
             logging.warning("%s; falling back to the one before.", error)
             os.replace(path, path.with_suffix(".damaged"))
             return None
@@ -88,8 +88,8 @@ class Checkpoints:
         self._writer.close()
 
 
-class _Damaged(Exception):
-    pass
+class Damaged(Exception):
+    """A checkpoint that is not what was written."""
 
 
 def steps(directory: Path) -> list[int]:
@@ -97,13 +97,11 @@ def steps(directory: Path) -> list[int]:
     return sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit())
 
 
-def read(path: Path, template: Any) -> Any:
-    """The checkpoint at `path` as numpy arrays in the structure of `template`.
-
-    Leaves that the checkpoint has and the template has not are left out.
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of the checkpoint at `path` by name, their checksum verified.
 
     Raises:
-      UserError: the arrays are whole and do not fit the template.
+      Damaged: it cannot be read, or its arrays are not those that were written.
     """
     import orbax.checkpoint as ocp
 
@@ -113,10 +111,22 @@ def read(path: Path, template: Any) -> Any:
         whole = np.array_equal(arrays.pop(_CHECKSUM), _checksum(arrays))
     except Exception as error:  # a truncated file ends in any of a dozen errors of tensorstore's
         reason = str(error).partition("\n")[0][:120]
-        raise _Damaged(f"checkpoint {path} cannot be read ({reason})") from error
+        raise Damaged(f"checkpoint {path} cannot be read ({reason})") from error
     if not whole:
-        raise _Damaged(f"checkpoint {path} is damaged: its checksum does not match")
-    wanted = _flatten(template)
+        raise Damaged(f"checkpoint {path} is damaged: its checksum does not match")
+    return arrays
+
+
+def read(path: Path, template: Any) -> Any:
+    """The checkpoint at `path` as numpy arrays in the structure of `template`.
+
+    Leaves that the checkpoint has and the template has not are left out.
+
+    Raises:
+      Damaged: as `read_arrays`.
+      UserError: the arrays are whole and do not fit the template.
+    """
+    arrays, wanted = read_arrays(path), _flatten(template)
     for name, leaf in wanted.items():
         if leaf.size and (name not in arrays or arrays[name].shape != leaf.shape):
             found = arrays[name].shape if name in arrays else "nothing"
@@ -155,7 +165,7 @@ def load_variables(workdir: str | Path, which: str = "best") -> tuple[Variables,
     template = {name: variables, "progress": {"best_step": np.zeros((), np.int64)}}
     try:
         tree = read(directory / f"{step:08d}", template)
-    except _Damaged as error:
+    except Damaged as error:
         raise UserError(f"{error}; the training command run again makes it anew.") from error
     return tree[name], int(tree["progress"]["best_step"]) if which == "best" else step
 

@@ -24,47 +24,48 @@ from infsub.types import UserError
 
 MODES = ["run", "train", "evaluate", "report", "status"]
 CONFIG = config_flags.DEFINE_config_file("config", None, "FILE.py, or FILE.py:name=value,… .")
-WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written.")
+WORKDIR = flags.DEFINE_string("workdir", "", "Where everything is written.")
 MODE = flags.DEFINE_enum("mode", "run", MODES, "run is train, evaluate and report.")
 
 
 def parse(argv: list[str]) -> list[str]:
     """absl's flags; any mistake in them ends the program with one sentence and code 2."""
-    flags.FLAGS.set_default("verbosity", logging.WARNING)
     try:
-        rest = flags.FLAGS(argv)
-        if len(rest) > 1:
-            raise UserError(f"{rest[1]!r} is no flag; flags start with --.")
-        if WORKDIR.value is None:
+        if rest := flags.FLAGS(argv)[1:]:
+            raise UserError(f"{rest[0]!r} is no flag; flags start with --.")
+        if not WORKDIR.value:
             raise UserError("--workdir is missing: give a directory, such as --workdir=runs/first.")
         getattr(CONFIG.value, "seed", None)  # a file that could not be read says so now
-        return rest
+        return argv[:1]
     except SystemExit:  # absl has shown the help
         sys.exit(0)
     except Exception as error:  # a config file may raise anything
-        sys.exit(fail(configs.explain(argv, error), 2))
+        records.say(configs.explain(argv, error))
+        sys.exit(2)
 
 
 def main(_: list[str]) -> int:
     """Does what --mode says; the exit code."""
-    workdir = Path(WORKDIR.value or "")
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
+    workdir = Path(WORKDIR.value)
     try:
         if MODE.value == "status":
             print(records.status(workdir))
-            return 0
-        config = CONFIG.value or configs.from_json(records.read_run(workdir)["config"])
-        run(MODE.value, configs.resolve(config), workdir)
-        return 0
-    except UserError as error:
-        return fail(str(error), 2)
-    except records.Stopped as error:
-        return fail(str(error), error.exit_code)
+        else:
+            config = CONFIG.value or configs.from_json(records.read_run(workdir)["config"])
+            run(MODE.value, configs.resolve(config), workdir)
+    except (UserError, records.Stopped) as error:
+        records.say(str(error))
+        return getattr(error, "exit_code", 2)
     except KeyboardInterrupt:
-        return fail("stopped; the same command continues.", 130)
+        records.say("stopped; the same command continues.")
+        return 130
+    return 0
 
 
 def run(mode: str, config: configs.Config, workdir: Path) -> None:
-    """Trains, evaluates and reports, or the one of them that `mode` names."""
+    """Trains, evaluates and reports, or does the one of them that `mode` names."""
     if mode in ("run", "train"):
         from infsub.train import train
 
@@ -78,12 +79,6 @@ def run(mode: str, config: configs.Config, workdir: Path) -> None:
             from infsub.report import report
 
             report(str(folder))
-
-
-def fail(text: str, code: int) -> int:
-    """Says why; returns the exit code."""
-    print(f"infsub: {text}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ bit, as if there had been none.
 
 from __future__ import annotations
 
-import functools
 import signal
 import threading
 import time
@@ -26,7 +25,8 @@ from infsub.train_step import (
     METRICS,
     Task,
     TrainState,
-    init_state,
+    init_states,
+    initial,
     pictures,
     train_chunk,
     validate,
@@ -158,7 +158,9 @@ def train(config: configs.Config, workdir: str | Path) -> None:
         steps were not finite.
     """
     run = Run(configs.resolve(config), Path(workdir))
-    if run.active:
+    if not run.active:
+        records.say(f"the training of {workdir} is done.")
+    else:
         try:
             run.restore()
             run.loop()
@@ -232,11 +234,10 @@ class Run:
 
     def restore(self) -> None:
         """Sets the state to the newest step that all active members have a whole checkpoint of."""
-        seeds = [member.config.seed for member in self.members]
-        self.keys = jax.vmap(jax.random.key)(jnp.asarray(seeds))
-        self.best, self.step = self._initial_variables(), 0
-        copy = jax.tree.map(jnp.copy, self.best)  # a step reuses its state's buffers
-        self.states = jax.jit(jax.vmap(functools.partial(init_state, self.task)))(copy)
+        seeds = np.asarray([member.config.seed for member in self.members])
+        self.keys, self.look_keys, fresh = initial(self.task, seeds)
+        self.best, self.step = self._warm_start(fresh), 0
+        self.states = init_states(self.task, self.best)
         members = [self.members[i] for i in self.active]
         # Lanes of members that have ended keep their initial values, which nobody reads.
         lanes = jax.tree.map(np.array, self.states._asdict() | {"best": self.best})
@@ -256,9 +257,7 @@ class Run:
         for member in members:
             member.resume(self.step)
 
-    def _initial_variables(self) -> Variables:
-        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(self.keys, 3)
-        variables = jax.jit(jax.vmap(self.vae.init))(keys)
+    def _warm_start(self, variables: Variables) -> Variables:
         if not self.config.init_from:
             return variables
         source, _ = load_variables(self.config.init_from)
@@ -298,13 +297,14 @@ class Run:
                 self._end_members()
                 kept = self.step % (self.train.keep_every * self.per_epoch or self.total) == 0
                 late = time.monotonic() - saved > self.train.checkpoint_seconds
-                if kept or late or stop.signal_number:
+                if kept or late:
                     self._save()
                     saved = time.monotonic()
                 bar.update(self.step, note)
                 records.write_progress(self.workdir, bar, speed)
         bar.close()
         if stop.signal_number:
+            self._save()
             raise records.Stopped(
                 f"stopped at step {self.step}, saved; the same command continues from there.",
                 exit_code=128 + stop.signal_number,
@@ -369,7 +369,7 @@ class Run:
         self._draw(self.best, ending)
         test = self._validate(self.best, "test")
         for i in ending:
-            progress = {name: value.item() for name, value in self.members[i].progress.items()}
+            progress = {n: value.item() for n, value in sorted(self.members[i].progress.items())}
             measured = {f"test_{name}": _plain(value[i]) for name, value in test.items()}
             samples = {"test_samples": self.train.validation_samples}
             self.members[i].end(progress | measured | samples | {"skipped": int(skipped[i])})
@@ -380,14 +380,12 @@ class Run:
             self.members[i].save(self.step, _lane(lanes, i))
 
     def _validate(self, variables: Variables, split: str) -> dict[str, np.ndarray]:
-        images, key = self.dataset.split(split).images, jax.random.fold_in(self.keys[0], 4)
-        samples = self.train.validation_samples
-        return jax.device_get(validate(self.vae, samples, variables, images, key))
+        images, samples = self.dataset.split(split).images, self.train.validation_samples
+        return jax.device_get(validate(self.vae, samples, variables, images, self.look_keys[0]))
 
     def _draw(self, variables: Variables, members: list[int]) -> None:
-        images, key = self.dataset.validation.images, jax.random.fold_in(self.keys[0], 5)
-        names = ("reconstructions", "samples")
-        grids = jax.device_get(pictures(self.vae, variables, images, key))
+        images, names = self.dataset.validation.images, ("reconstructions", "samples")
+        grids = jax.device_get(pictures(self.vae, variables, images, self.look_keys[1]))
         for i in members:
             drawn = {name: grid[i] for name, grid in zip(names, grids, strict=True)}
             self.members[i].draw(self.step, drawn)

@@ -129,11 +129,27 @@ def merge_params(variables: Variables, params: Variables) -> Variables:
     return variables | merged
 
 
-def init_state(task: Task, variables: Variables) -> TrainState:
-    """The state before the first step."""
-    params = split_params(variables, task.train.freeze)
-    sums = {name: jnp.zeros(()) for name in (*METRICS, "count")}
-    return TrainState(variables, optimizer(task.train).init(params), sums, jnp.zeros((), jnp.int32))
+@functools.partial(jax.jit, static_argnums=0)
+def initial(task: Task, seeds: Array) -> tuple[Key, tuple[Key, Key], Variables]:
+    """Keys [S] of the models of these seeds [S], keys of validation and pictures, fresh variables."""
+    keys = jax.vmap(jax.random.key)(seeds)
+    init_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, 3)
+    looking = jax.random.fold_in(keys[0], 4), jax.random.fold_in(keys[0], 5)
+    return keys, looking, jax.vmap(task.vae.init)(init_keys)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def init_states(task: Task, variables: Variables) -> TrainState:
+    """The states of S models before the first step, from their variables, which they copy."""
+
+    def of_one_model(variables: Variables) -> TrainState:
+        state = optimizer(task.train).init(split_params(variables, task.train.freeze))
+        sums = {name: jnp.zeros(()) for name in (*METRICS, "count")}
+        # A copy, for the first step reuses the state's buffers.
+        copy = jax.tree.map(jnp.copy, variables)
+        return TrainState(copy, state, sums, jnp.zeros((), jnp.int32))
+
+    return jax.vmap(of_one_model)(variables)
 
 
 def train_step(

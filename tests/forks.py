@@ -1,0 +1,82 @@
+"""Runs the command again and again without importing jax anew: reads a request a line, forks, answers.
+
+The children are real processes, each with a jax runtime of its own, for none is started here.
+Request: {"argv": […], "log": FILE, "kill": {"signal": n, "seconds": s, "glob": pattern}}: the signal
+is sent s seconds after the start or, given a pattern, after a path of it is written to. Answer:
+{"code": exit code, or minus the signal that ended it, "log": what it printed}.
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+
+def child(request: dict[str, Any]) -> int:
+    """The command in this process; its exit code."""
+    log = os.open(request["log"], os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    try:
+        sys.argv = ["infsub", *request["argv"]]
+        app.run(main.main, flags_parser=main.parse)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return 0
+
+
+def written_since(pattern: str, start: float) -> bool:
+    """Whether a path that matches was written to after `start`."""
+    for path in glob.glob(pattern):
+        try:
+            if os.stat(path).st_mtime > start:
+                return True
+        except FileNotFoundError:  # renamed meanwhile
+            return True
+    return False
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """Forks a child for the request, and sends it the signal at its time."""
+    pid = os.fork()
+    if pid == 0:
+        os._exit(child(request))
+    kill = request.get("kill") or {}
+    start = time.time()
+    due = float("inf") if "glob" in kill or not kill else start + kill["seconds"]
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            code = os.waitstatus_to_exitcode(status)
+            return {"code": code, "log": Path(request["log"]).read_text()}
+        if due == float("inf") and "glob" in kill and written_since(kill["glob"], start):
+            due = time.time() + kill["seconds"]
+        if time.time() >= due:
+            os.kill(pid, kill["signal"])
+            kill, due = {}, float("inf")
+        time.sleep(0.001)
+
+
+if __name__ == "__main__":
+    from absl import app
+
+    from infsub import main
+
+    for name in ("infsub.train", "orbax.checkpoint", "tensorboardX", "PIL.Image"):
+        importlib.import_module(name)  # all that a child will need; no threads yet
+
+    for line in sys.stdin:
+        print(json.dumps(answer(json.loads(line))), flush=True)

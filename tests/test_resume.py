@@ -1,0 +1,180 @@
+"""A run that is killed at any moment, and continued, ends with the very bytes of one that is not."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from infsub import checkpoints, records
+
+HERE = Path(__file__).parent
+FILES = ("metrics.jsonl", "metrics.csv", "summary.json", "samples.png", "reconstructions.png")
+
+Command = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
+    """command(workdir, *arguments, kill=…) trains the tiny config: {"code": …, "log": …}."""
+    folder = tmp_path_factory.mktemp("forks")
+    variables = {
+        "JAX_COMPILATION_CACHE_DIR": str(folder),
+        "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_COMPILATION_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        "OPENBLAS_NUM_THREADS": "1",
+    }
+    server = subprocess.Popen(
+        [sys.executable, str(HERE / "forks.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | variables,
+    )
+
+    def run(workdir: Path, *arguments: str, kill: dict[str, Any] | None = None) -> dict[str, Any]:
+        argv = ["--mode=train", f"--config={HERE / 'tiny.py'}", f"--workdir={workdir}", *arguments]
+        request = {"argv": argv, "log": str(folder / "log"), "kill": kill}
+        assert server.stdin is not None
+        assert server.stdout is not None
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        return json.loads(server.stdout.readline())
+
+    yield run
+    server.communicate()
+
+
+@pytest.fixture(scope="module")
+def whole(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workdir of a run that nobody disturbed."""
+    workdir = tmp_path_factory.mktemp("whole")
+    result = command(workdir)
+    assert result["code"] == 0, result["log"]
+    return workdir
+
+
+def contents(workdir: Path) -> dict[str, Any]:
+    """All that must be the same: the records' bytes, and every array of the newest checkpoint."""
+    files = {name: (workdir / name).read_bytes() for name in FILES}
+    step = checkpoints.steps(workdir / "checkpoints")[-1]
+    arrays = checkpoints.read_arrays(workdir / "checkpoints" / f"{step:08d}")
+    return files | {name: (a.dtype, a.shape, a.tobytes()) for name, a in arrays.items()}
+
+
+def assert_same(workdir: Path, whole: Path) -> None:
+    one, other = contents(workdir), contents(whole)
+    assert one.keys() == other.keys()
+    assert [name for name in one if one[name] != other[name]] == []
+
+
+def test_killed_many_times_it_ends_bit_identical(
+    command: Command, whole: Path, tmp_path: Path
+) -> None:
+    moments = random.Random(0)
+    progress, writing = str(tmp_path / "progress.json"), "checkpoints/*.orbax-checkpoint-tmp*"
+    kills = [{"seconds": moments.uniform(0, 2)} for _ in range(2)]  # while it starts
+    kills += [{"seconds": moments.uniform(0, 0.3), "glob": progress} for _ in range(9)]
+    kills += [
+        {"seconds": moments.uniform(0, 0.02), "glob": str(tmp_path / writing)} for _ in range(5)
+    ]
+    moments.shuffle(kills)
+    num_killed = num_torn = num_continued = 0
+    for kill in kills:
+        result = command(tmp_path, kill=kill | {"signal": signal.SIGKILL})
+        num_killed += result["code"] == -signal.SIGKILL
+        num_continued += "continuing from step" in result["log"]
+        num_torn += bool(list(tmp_path.glob(writing)))
+    result = command(tmp_path)
+    assert result["code"] == 0, result["log"]
+    assert_same(tmp_path, whole)
+    # The test tested something.
+    assert num_killed >= 12
+    assert num_continued >= 8
+    assert num_torn >= 1
+
+
+def test_truncated_checkpoint_falls_back_and_says_so(
+    command: Command, whole: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "summary.json").unlink()
+    steps = checkpoints.steps(tmp_path / "checkpoints")
+    assert len(steps) > 2
+    newest = tmp_path / "checkpoints" / f"{steps[-1]:08d}"
+    largest = max(newest.rglob("*"), key=lambda path: path.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+    flipped = tmp_path / "checkpoints" / f"{steps[-2]:08d}"
+    largest = max(flipped.rglob("*"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1  # what orbax itself does not notice
+    largest.write_bytes(content)
+
+    result = command(tmp_path)
+    assert result["code"] == 0
+    assert result["log"].count("falling back") == 2
+    assert f"continuing from step {steps[-3]} " in result["log"]
+    assert_same(tmp_path, whole)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stop_request_saves_and_exits(
+    command: Command, whole: Path, tmp_path: Path, number: int, code: int
+) -> None:
+    kill = {"signal": number, "seconds": 0.02, "glob": str(tmp_path / "progress.json")}
+    arguments = ["--config.train.checkpoint_seconds=1000"]  # no part of the run's identity
+    result = command(tmp_path, *arguments, kill=kill)
+    assert result["code"] == code
+    assert "the same command continues" in result["log"]
+    assert "Traceback" not in result["log"]
+    (step,) = checkpoints.steps(tmp_path / "checkpoints")
+    progress = records.read_json(tmp_path / "progress.json")
+    assert step == progress["done"]
+    assert 0 < step < progress["total"]
+    result = command(tmp_path, *arguments)
+    assert f"continuing from step {step} " in result["log"]
+    assert_same(tmp_path, whole)
+
+
+def test_seeds_are_resumed_together(command: Command, tmp_path: Path) -> None:
+    arguments = ["--config.train.num_seeds=2"]
+    assert command(tmp_path / "whole", *arguments)["code"] == 0
+    kill = {"signal": signal.SIGKILL, "seconds": 0.2, "glob": str(tmp_path / "run/progress.json")}
+    assert command(tmp_path / "run", *arguments, kill=kill)["code"] == -signal.SIGKILL
+    assert "continuing" in command(tmp_path / "run", *arguments)["log"]
+    for seed in ("seed_0", "seed_1"):
+        assert_same(tmp_path / "run" / seed, tmp_path / "whole" / seed)
+
+
+def test_a_finished_run_is_left_alone(command: Command, whole: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()}
+    before.pop(whole / "config.json")
+    result = command(whole)
+    assert result["code"] == 0
+    assert "done" in result["log"]
+    after = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()}
+    after.pop(whole / "config.json")
+    assert before == after
+
+
+def test_load_variables_finds_what_was_kept(whole: Path) -> None:
+    last, last_step = checkpoints.load_variables(whole, "last")
+    best, best_step = checkpoints.load_variables(whole)
+    summary = records.read_json(whole / "summary.json")
+    assert last_step == summary["step"]
+    assert best_step == summary["best_step"]
+    rows = records.read_rows(whole / "metrics.jsonl")
+    assert summary["best_value"] == max(row["validation_elbo"] for row in rows)
+    kernels = [v["encoder"]["params"]["Dense_0"]["kernel"] for v in (last, best)]
+    assert np.array_equal(*kernels) == (best_step == last_step)
