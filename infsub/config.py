@@ -155,7 +155,10 @@ def default() -> Config:
             },
             "bdmc": {"num_points": 0},  # simulated points for the certificate; 0: none
         },
-        "report": {},
+        "report": {
+            "min_ess": 4.0,  # AIS estimates of fewer effective chains are listed
+            "max_pareto_k": 0.7,  # IWAE estimates of a heavier tail are listed
+        },
     }
     return ConfigDict(config).lock()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -176,10 +177,12 @@ def bounds_of_datapoint(
     row = _columns("elbo", elbo(key_elbo, target, q, settings.elbo_samples))
 
     start = None if settings.ais.start == "prior" else base
-    for number, family in enumerate(settings.local.families):
+    for family in settings.local.families:
         options = {"target": target} if family == "hamiltonian" else {}
         posterior = posteriors.make(family, vae.latent_dim, **options)
-        key_init, key_fit, key_moments = jax.random.split(jax.random.fold_in(key_local, number), 3)
+        key_init, key_fit, key_moments = jax.random.split(
+            jax.random.fold_in(key_local, zlib.crc32(family.encode())), 3
+        )
         params = posterior.init(key_init)
         if settings.local.preset == "fast":  # from the encoder; the authors start at N(0, I)
             params = posteriors.with_gaussian(params, base)
@@ -187,7 +190,7 @@ def bounds_of_datapoint(
         name = f"local_{family}"
         row |= _columns(name, local.elbo) | _columns(f"{name}_iwae", local.iwae)
         row |= {f"{name}_steps": local.num_steps, f"{name}_converged": local.converged}
-        if settings.ais.start == "local" and number == 0:
+        if settings.ais.start == "local" and family == settings.local.families[0]:
             start = posteriors.moment_matched(key_moments, posterior, local.params)
 
     options = {k: v for k, v in settings.ais.items() if k != "start"}

@@ -71,14 +71,17 @@ def run(mode: str, config: configs.Config, workdir: Path) -> None:
 
         train(config, workdir)
     for member, folder in configs.runs(config, workdir):
+        bad: list[int] = []
         if mode in ("run", "evaluate"):
             from infsub.evaluate import evaluate
 
-            evaluate(member, folder)
+            bad = evaluate(member, folder)
         if mode in ("run", "report"):
             from infsub.report import report
 
-            report(str(folder))
+            report(str(folder / config.evaluate.name))
+        if bad:
+            raise records.Stopped(f"an estimate is not finite at datapoints {bad} of {folder}.", 1)
 
 
 if __name__ == "__main__":

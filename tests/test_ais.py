@@ -33,11 +33,11 @@ def mean_and_error(ratio):
 def test_weights_average_to_px(latent_dim, schedule):
     """E[w] = p(x) at few temperatures, with the pilot's frozen step sizes."""
     model = linear_gaussian(latent_dim, 2 * latent_dim)
-    _, xs = simulate(model, 2000)
+    _, xs = simulate(model, 4000)
 
     def point(key, x, model):
         q = wrong(model.best_gaussian(x))
-        estimate = infsub.ais(key, model.target(x), q, 2, 8, 3, schedule)
+        estimate = infsub.ais(key, model.target(x), q, 2, 12, 3, schedule)
         return jnp.exp(estimate.log_weights - model.log_px(x))
 
     ratio = infsub.map_datapoints(point, jax.random.key(0), xs, model, block_size=500)
@@ -49,12 +49,12 @@ def test_weights_average_to_px(latent_dim, schedule):
 @pytest.mark.parametrize("latent_dim", [1, 10, 50])
 def test_reverse_weights_average_to_one_over_px(latent_dim):
     model = linear_gaussian(latent_dim, 2 * latent_dim)
-    zs, xs = simulate(model, 2000)
+    zs, xs = simulate(model, 4000)
 
     def point(key, z_x, model):
         z, x = z_x
         q = wrong(model.best_gaussian(x))
-        estimate = infsub.reverse_ais(key, model.target(x), z, q, 2, 8, 3)
+        estimate = infsub.reverse_ais(key, model.target(x), z, q, 2, 12, 3)
         return jnp.exp(model.log_px(x) - estimate.log_weights), estimate.log_px - model.log_px(x)
 
     ratio, excess = infsub.map_datapoints(point, jax.random.key(0), (zs, xs), model, block_size=500)

