@@ -17,6 +17,11 @@ lint: .venv/dev.done  ## formatting, lint, types
 bench: .venv/dev.done  ## benchmarks: run them on an otherwise idle machine
 	$(RUN) tests/benchmarks/run.py
 
+wheel: .venv/bin/uv  ## build the wheel, install it alone, and import it
+	.venv/bin/uv build --quiet --wheel --out-dir dist
+	.venv/bin/uv run --quiet --isolated --no-project --with dist/*.whl \
+		python -c "import infsub, infsub.data as d; print(d.load('mnist5k').test.size, 'digits')"
+
 .venv/bin/uv:
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet 'uv>=0.8,<1'
@@ -33,4 +38,4 @@ bench: .venv/dev.done  ## benchmarks: run them on an otherwise idle machine
 clean:  ## everything that can be made again, except runs/
 	rm -rf .venv dist .pytest_cache .ruff_cache
 
-.PHONY: quickstart test lint bench clean
+.PHONY: quickstart test lint bench wheel clean

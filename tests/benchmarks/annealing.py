@@ -1,0 +1,116 @@
+"""AIS beside the same AIS built on BlackJAX's HMC; its share of the matmul peak; its memory."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from functools import partial
+from pathlib import Path
+
+import blackjax
+import jax
+import jax.numpy as jnp
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from models import load_oracle, oracle_decode
+from timing import matmul_peak, seconds, show
+
+import infsub
+from infsub.types import Target
+
+IMAGES, CHAINS, TEMPERATURES, LEAPFROG, STEP = 10, 100, 100, 10, 0.05
+WIDTHS = (50, 200, 200, 784)
+
+
+def model():
+    """The oracle where it is at hand, random weights of its shapes elsewhere: speed is the same."""
+    shared = Path(__file__).resolve().parents[3] / "shared"
+    if (shared / "oracles").is_dir():
+        params, xs = load_oracle(shared)
+        return params, xs[:IMAGES]
+    params = {}
+    for layer, (rows, columns) in enumerate(itertools.pairwise(WIDTHS)):
+        key = jax.random.key(layer)
+        params[f"decoder_w{layer}"] = jax.random.normal(key, (rows, columns)) / rows**0.5
+        params[f"decoder_b{layer}"] = jnp.zeros(columns)
+    return params, jnp.zeros((IMAGES, WIDTHS[-1])).at[:, ::5].set(1.0)
+
+
+def log_likelihood(params, x, z):
+    """As a user would write it."""
+    logits = oracle_decode(params, z)
+    return jnp.sum(x * logits - jax.nn.softplus(logits))
+
+
+@jax.jit
+def ours(key, xs, params):
+    def point(key, x):
+        target = Target(None, partial(log_likelihood, params, x), WIDTHS[0])
+        return infsub.ais(key, target, None, CHAINS, TEMPERATURES, LEAPFROG, step_size=STEP).log_px
+
+    return jax.vmap(point)(jax.random.split(key, len(xs)), xs)
+
+
+@jax.jit
+def blackjax_ais(key, xs, params):
+    """One chain under vmap; a new β needs a new state, for the state keeps the old density."""
+    kernel = blackjax.mcmc.hmc.build_kernel()
+    betas = jnp.arange(TEMPERATURES + 1) / TEMPERATURES
+
+    def chain(key, x):
+        key_start, key_run = jax.random.split(key)
+
+        def transition(carry, t):
+            z, log_weight = carry
+            log_weight += (betas[t + 1] - betas[t]) * log_likelihood(params, x, z)
+
+            def density(z):
+                return -0.5 * jnp.sum(z**2) + betas[t + 1] * log_likelihood(params, x, z)
+
+            state = blackjax.mcmc.hmc.init(z, density)
+            key = jax.random.fold_in(key_run, t)
+            state, _ = kernel(key, state, density, STEP, jnp.ones(WIDTHS[0]), LEAPFROG)
+            return (state.position, log_weight), None
+
+        z = jax.random.normal(key_start, (WIDTHS[0],))
+        (_, log_weight), _ = jax.lax.scan(transition, (z, 0.0), jnp.arange(TEMPERATURES))
+        return log_weight
+
+    keys = jax.random.split(key, (len(xs), CHAINS))
+    log_weights = jax.vmap(jax.vmap(chain, (0, None)))(keys, xs)
+    return jax.nn.logsumexp(log_weights, axis=1) - jnp.log(CHAINS)
+
+
+def bytes_needed(num_temperatures, params, x):
+    def point(key, x):
+        target = Target(None, partial(log_likelihood, params, x), WIDTHS[0])
+        return infsub.ais(key, target, None, CHAINS, num_temperatures, LEAPFROG).log_px
+
+    analysis = jax.jit(point).lower(jax.random.key(0), x).compile().memory_analysis()
+    return analysis.temp_size_in_bytes
+
+
+def main() -> None:
+    params, xs = model()
+    key = jax.random.key(0)
+    times = seconds(
+        {
+            "infsub.ais": lambda: ours(key, xs, params),
+            "AIS on BlackJAX's HMC": lambda: blackjax_ais(key, xs, params),
+        },
+        3,
+    )
+    rows = IMAGES * CHAINS
+    title = f"AIS: {rows} rows, T={TEMPERATURES}, L={LEAPFROG}, prior start, frozen step size"
+    show(title, times, "infsub.ais")
+    macs = sum(a * b for a, b in itertools.pairwise(WIDTHS))
+    flop = 2 * 2 * macs * rows * TEMPERATURES * LEAPFROG  # forward and backward in z
+    peak = matmul_peak()
+    share = flop / times["infsub.ais"][0] / peak
+    print(f"matmul peak {peak / 1e9:.0f} GFLOP/s; AIS runs at {share:.0%} of it")
+    small, large = (bytes_needed(t, params, xs[0]) for t in (100, 10_000))
+    print(f"temporary memory: {small / 1e6:.2f} MB at T=100, {large / 1e6:.2f} MB at T=10,000")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Fair timings: side by side in one process, after warm-up, blocked until ready, medians."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def seconds(
+    functions: dict[str, Callable[[], Any]], repeats: int = 5
+) -> dict[str, tuple[float, float, float]]:
+    """Median, least and most wall seconds of each function; they take turns, so drift cancels."""
+    for function in functions.values():
+        jax.block_until_ready(function())
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            jax.block_until_ready(function())
+            times[name].append(time.perf_counter() - start)
+    return {name: (statistics.median(t), min(t), max(t)) for name, t in times.items()}
+
+
+def show(title: str, times: dict[str, tuple[float, float, float]], reference: str) -> None:
+    """A table: median, least and most milliseconds, and the ratio of medians to `reference`."""
+    print(f"\n{title}\n{'':38}  median ms (least – most)   × reference")
+    base = times[reference][0]
+    for name, (median, least, most) in times.items():
+        spread = f"({1e3 * least:.1f} – {1e3 * most:.1f})"
+        print(f"{name:38}  {1e3 * median:9.1f} {spread:18} {median / base:9.2f}")
+
+
+def matmul_peak(size: int = 1500) -> float:
+    """This machine's float32 matrix-product rate, FLOP/s."""
+    a = jax.random.normal(jax.random.key(0), (size, size))
+    product = jax.jit(lambda a: jnp.dot(a, a))
+    (median, _, _) = seconds({"matmul": lambda: product(a)}, 15)["matmul"]
+    return 2 * size**3 / median
