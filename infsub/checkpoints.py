@@ -148,6 +148,8 @@ def load_variables(workdir: str | Path, which: str = "best") -> tuple[Variables,
       UserError: no run, no such checkpoint, or a damaged one.
     """
     run = records.read_run(Path(workdir))
+    if (num_seeds := run["config"]["train"]["num_seeds"]) > 1:
+        raise UserError(f"{workdir} holds {num_seeds} runs: give one, such as {workdir}/seed_0.")
     directory = Path(workdir) / "checkpoints"
     present = steps(directory)
     if not present:

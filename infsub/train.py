@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import FrozenConfigDict
 
 from infsub import config as configs
 from infsub import data, records
@@ -23,10 +22,10 @@ from infsub.checkpoints import Checkpoints, load_variables
 from infsub.train_step import (
     MAX_EPOCHS,
     METRICS,
-    Task,
     TrainState,
     init_states,
     initial,
+    make_task,
     pictures,
     train_chunk,
     validate,
@@ -203,7 +202,7 @@ class Run:
                 f"config.train.batch_size={self.train.batch_size} is more than the {num_train} "
                 f"training images of {names.name}: give a smaller one."
             )
-        self.task = Task(self.vae, FrozenConfigDict(self.train), num_train)
+        self.task = make_task(self.vae, self.train, num_train)
         self.per_epoch = self.task.steps_per_epoch
         self.total = self.train.num_epochs * self.per_epoch
         self.members = self._claim()

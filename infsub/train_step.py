@@ -25,6 +25,22 @@ ACTIVE = 0.01  # a unit is active when the variance of its mean over the data ex
 METRICS = ("objective", "elbo", "log_likelihood", "kl", "log_q", "grad_norm")
 
 
+class StepConfig(NamedTuple):
+    """The fields of config.train that a step depends on: static under jit."""
+
+    num_epochs: int
+    batch_size: int
+    num_samples: int
+    objective: str
+    schedule: str
+    learning_rate: float
+    adam_epsilon: float
+    gradient_clip: float
+    annealing: str
+    annealing_epochs: int
+    freeze: str
+
+
 class TrainState(NamedTuple):
     """What a step changes.
 
@@ -42,16 +58,16 @@ class TrainState(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What stays the same through a run: static under jit.
+    """What stays the same through a run: static under jit. Made by `make_task`.
 
     Attributes:
       vae: the model.
-      train: config.train, frozen.
+      train: what a step does.
       num_train: N.
     """
 
     vae: VAE
-    train: Any
+    train: StepConfig
     num_train: int
 
     @property
@@ -60,7 +76,13 @@ class Task(NamedTuple):
         return self.num_train // self.train.batch_size
 
 
-def learning_rate(train: Any, steps_per_epoch: int, step: Array) -> Array:
+def make_task(vae: VAE, train: Any, num_train: int) -> Task:
+    """The task of `config.train` on N datapoints; equal ones compile once."""
+    fields = {name: train[name] for name in StepConfig._fields}
+    return Task(vae, StepConfig(**fields), num_train)
+
+
+def learning_rate(train: StepConfig, steps_per_epoch: int, step: Array) -> Array:
     """The learning rate of a step, step [] -> [].
 
     constant: η; cosine: η (1 + cos π t)/2, t the share of the run that is done (Loshchilov & Hutter
@@ -77,14 +99,14 @@ def learning_rate(train: Any, steps_per_epoch: int, step: Array) -> Array:
             return jnp.full((), train.learning_rate)
 
 
-def annealing_weight(train: Any, steps_per_epoch: int, step: Array) -> Array:
+def annealing_weight(train: StepConfig, steps_per_epoch: int, step: Array) -> Array:
     """w of a step, rising linearly from 0 to 1 over `annealing_epochs`, step [] -> []."""
     if train.annealing == "none":
         return jnp.ones(())
     return jnp.minimum(step / (train.annealing_epochs * steps_per_epoch), 1.0)
 
 
-def objective(train: Any, terms: Terms, weight: Array) -> Array:
+def objective(train: StepConfig, terms: Terms, weight: Array) -> Array:
     """What one datapoint's parameters climb, in nats, from K samples -> [].
 
     entropy annealing: log p(x|z) + log p(z) − w·log q; kl annealing: log p(x|z) + w (log p(z) −
@@ -98,7 +120,7 @@ def objective(train: Any, terms: Terms, weight: Array) -> Array:
     return jnp.mean(values)
 
 
-def optimizer(train: Any) -> optax.GradientTransformation:
+def optimizer(train: StepConfig) -> optax.GradientTransformation:
     """Adam(0.9, 0.999, adam_epsilon), after clipping by the global norm; no learning rate."""
     adam = optax.scale_by_adam(0.9, 0.999, train.adam_epsilon)
     if train.gradient_clip:

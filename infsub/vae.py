@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
-from ml_collections import FrozenConfigDict
 
 from infsub import config as configs
 from infsub import densities, networks, posteriors
@@ -73,13 +73,15 @@ def make_vae(model: Any, image_shape: tuple[int, int, int], levels: int) -> VAE:
     (Kingma et al. 2016, app. A).
 
     Raises:
-      ValueError: an unknown network, activation or posterior, or arguments that do not fit it.
+      ValueError, TypeError: a network or posterior that there is not, or arguments not its own.
     """
-    return _make_vae(FrozenConfigDict(model), tuple(image_shape), levels)
+    fields = json.dumps(configs.to_json(model), sort_keys=True)
+    return _make_vae(fields, tuple(image_shape), levels)
 
 
 @functools.cache
-def _make_vae(model: Any, image_shape: tuple[int, int, int], levels: int) -> VAE:
+def _make_vae(fields: str, image_shape: tuple[int, int, int], levels: int) -> VAE:
+    model = configs.from_json({"model": json.loads(fields)}).model
     latent_dim = model.latent_dim
     options = configs.posterior(**model.posterior).to_dict()
     family = functools.partial(posteriors.make, options.pop("name"), latent_dim, **options)

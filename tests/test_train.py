@@ -1,0 +1,329 @@
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from infsub import checkpoints, config, data, records, train_step
+from infsub.train import train
+from infsub.types import UserError
+from infsub.vae import Terms, make_vae
+
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_compilation():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def tiny_config(**train_fields):
+    made = tiny.get_config()
+    made.train.update({"num_epochs": 3, "checkpoint_seconds": 1000.0} | train_fields)
+    return made
+
+
+def step_config(**fields):
+    values = config.default().train.to_dict() | fields
+    return train_step.StepConfig(**{n: values[n] for n in train_step.StepConfig._fields})
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("mnist5k")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """The workdir of a trained run."""
+    workdir = tmp_path_factory.mktemp("source")
+    train(tiny_config(), workdir)
+    return workdir
+
+
+# The schedule and the objective
+
+
+def rates(per_epoch, **fields):
+    train = step_config(**fields)
+    return jax.jit(jax.vmap(lambda step: train_step.learning_rate(train, per_epoch, step)))
+
+
+def test_burda_schedule():
+    epochs = np.repeat(np.arange(8), 3 ** np.arange(8))
+    assert epochs.size == 3280
+    expected = 1e-3 * 10 ** (-epochs / 7)
+    found = rates(2, schedule="burda")(jnp.arange(2 * 3280 + 4))
+    np.testing.assert_allclose(found[: 2 * 3280], np.repeat(expected, 2), rtol=1e-5)
+    np.testing.assert_allclose(found[2 * 3280 :], 1e-4, rtol=1e-5)  # and stays there
+
+
+def test_constant_and_cosine_schedules():
+    steps = jnp.array([0, 20, 40])
+    fields = {"num_epochs": 10, "learning_rate": 0.3}
+    np.testing.assert_allclose(rates(4, schedule="constant", **fields)(steps), 0.3)
+    found = rates(4, schedule="cosine", **fields)(steps)
+    np.testing.assert_allclose(found, [0.3, 0.15, 0.0], atol=1e-7)
+
+
+def test_annealing_weight_rises_linearly_to_one_and_stays():
+    train = step_config(annealing="entropy", annealing_epochs=5)
+    weight = jax.vmap(lambda step: train_step.annealing_weight(train, 4, step))
+    np.testing.assert_allclose(weight(jnp.array([0, 5, 10, 20, 99])), [0, 0.25, 0.5, 1, 1])
+    train = step_config(annealing="none", annealing_epochs=5)
+    assert train_step.annealing_weight(train, 4, jnp.asarray(0)) == 1
+
+
+@pytest.mark.parametrize("kind", ["elbo", "iwae"])
+@pytest.mark.parametrize("annealing", ["none", "entropy", "kl"])
+def test_objective(kind, annealing):
+    likelihood, prior, q = np.array([[-90, -80.0], [-7, -6], [-3, -4]])
+    w = 0.25
+    values = {
+        "none": likelihood + prior - q,
+        "entropy": likelihood + prior - w * q,
+        "kl": likelihood + w * (prior - q),
+    }[annealing]
+    expected = {"elbo": values.mean(), "iwae": math.log(np.exp(values).mean())}[kind]
+    train = step_config(objective=kind, annealing=annealing, num_samples=2)
+    terms = Terms(*map(jnp.asarray, (likelihood, prior, q)))
+    weight = jnp.asarray(1.0 if annealing == "none" else w)
+    assert train_step.objective(train, terms, weight) == pytest.approx(expected, rel=1e-6)
+
+
+# A step against a loop that is written out
+
+
+def start(train, model=None, num_train=40):
+    vae = make_vae(model or tiny.get_config().model, (28, 28, 1), 2)
+    task = train_step.make_task(vae, train, num_train)
+    keys, _, variables = train_step.initial(task, np.array([7]))
+    return task, keys, train_step.init_states(task, variables)
+
+
+def test_steps_are_adam_on_the_mean_of_the_batch(digits):
+    # By hand: the batch from the permutation, one datapoint after the other, Adam's own formulas.
+    fields = {"batch_size": 20, "num_epochs": 2, "gradient_clip": 20.0, "num_samples": 2}
+    train = config.default().train
+    train.update(fields | {"annealing": "entropy", "annealing_epochs": 1, "schedule": "cosine"})
+    task, keys, states = start(train)
+    variables = jax.tree.map(lambda leaf: leaf[0].copy(), states.variables)
+    images = digits.train.images
+    states, rows = train_step.train_chunk(task, keys, states, images, 0, 4)
+
+    @jax.jit
+    def gradient(variables, key, x, weight):
+        def value(variables):
+            terms, _ = task.vae.terms(key, variables, x, 2)
+            elbo = terms.log_likelihood + terms.log_prior - terms.log_q
+            annealed = terms.log_likelihood + terms.log_prior - weight * terms.log_q
+            return -jnp.mean(annealed), jnp.mean(elbo)
+
+        return jax.grad(value, has_aux=True)(variables)
+
+    key = keys[0]
+    zeros = jax.tree.map(np.zeros_like, variables)
+    first, second, elbos, seen = zeros, zeros, [], []
+    for step in range(4):
+        epoch, position = divmod(step, 2)
+        order = jax.random.permutation(jax.random.fold_in(jax.random.fold_in(key, 0), epoch), 40)
+        batch = order[20 * position : 20 * position + 20]
+        seen.append(batch)
+        sampling = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, 2), step), 20)
+        results = [
+            gradient(variables, k, data.batch(images, i[None])[0], min(step / 2, 1.0))
+            for k, i in zip(sampling, batch, strict=True)
+        ]
+        elbos.append(np.mean([elbo for _, elbo in results]))
+        grads = jax.tree.map(lambda *g: np.mean(g, axis=0), *[g for g, _ in results])
+        norm = np.sqrt(sum(np.sum(g**2) for g in jax.tree.leaves(grads)))
+        assert step > 0 or norm > 20, "the test needs a gradient that is clipped"
+        grads = jax.tree.map(lambda g, norm=norm: g * min(1, 20 / norm), grads)
+        first = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, first, grads)
+        second = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g**2, second, grads)
+        rate = 1e-3 * 0.5 * (1 + math.cos(math.pi * step / 4))
+        variables = jax.tree.map(
+            lambda p, m, v, t=step + 1, rate=rate: (
+                p - rate * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-4)
+            ),
+            variables,
+            first,
+            second,
+        )
+    found = jax.tree.map(lambda leaf: leaf[0], states.variables)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, variables)
+    for epoch in (0, 1):  # every datapoint once an epoch; the epoch's row is the mean of its steps
+        assert sorted(np.concatenate(seen[2 * epoch : 2 * epoch + 2])) == list(range(40))
+        mean = rows["elbo"][0, epoch] / rows["count"][0, epoch]
+        assert mean == pytest.approx(np.mean(elbos[2 * epoch : 2 * epoch + 2]), rel=1e-5)
+
+
+def test_chunks_change_no_bit(digits):
+    results = []
+    for stops in ([10], [1, 3, 6, 10]):  # epochs end at 4 and 8
+        task, keys, states = start(tiny_config(batch_size=10).train)
+        begin, ended = 0, {}
+        for stop in stops:
+            states, rows = train_step.train_chunk(
+                task, keys, states, digits.train.images, begin, stop
+            )
+            for epoch in range(begin // 4, stop // 4):
+                ended[epoch] = {n: v[0, epoch - begin // 4].item() for n, v in rows.items()}
+            begin = stop
+        results.append((states, ended))
+    assert list(ended) == [0, 1]
+    assert results[0][1] == results[1][1]
+    jax.tree.map(np.testing.assert_array_equal, results[0][0], results[1][0])
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(digits):
+    task, keys, states = start(tiny_config(batch_size=10).train)
+    bad = jax.tree.map(jnp.copy, states)
+    bias = bad.variables["decoder"]["params"]["Dense_1"]["bias"]
+    bad.variables["decoder"]["params"]["Dense_1"]["bias"] = bias.at[0, 5].set(jnp.nan)
+    before = jax.tree.map(np.array, bad)
+    after, rows = train_step.train_chunk(task, keys, bad, digits.train.images, 0, 3)
+    jax.tree.map(np.testing.assert_array_equal, before._replace(skipped=np.array([3])), after)
+    assert rows["count"][0, 0] == 0
+
+
+# Runs
+
+
+def test_a_run_that_diverges_stops_and_says_so(tmp_path):
+    diverging = tiny_config(learning_rate=1e30, max_skipped=3, schedule="constant")
+    for _ in range(2):  # the same command again says the same
+        with pytest.raises(records.Stopped, match=r"more than config.train.max_skipped=3") as stop:
+            train(diverging, tmp_path)
+        assert stop.value.exit_code == 1
+    summary = records.read_json(tmp_path / "summary.json")
+    assert summary["ended"] == "diverged"
+    assert summary["skipped"] > 3
+
+
+def test_early_stopping_waits_for_annealing_and_patience(tmp_path):
+    # Without learning, and with the same noise each time, validation cannot improve on epoch 1.
+    stopping = tiny_config(learning_rate=0.0, patience=2, annealing_epochs=3, num_epochs=50)
+    train(stopping, tmp_path)
+    summary = records.read_json(tmp_path / "summary.json")
+    assert summary["ended"] == "stopped early"
+    assert summary["best_epoch"] == 1
+    assert summary["step"] == 5 * 16
+    assert len(records.read_rows(tmp_path / "metrics.jsonl")) == 5
+
+
+def test_best_checkpoint_is_that_of_the_best_validation_epoch(tmp_path):
+    # With w near 0, q shrinks to points: what is trained rises and the true bound soon falls.
+    collapsing = tiny_config(learning_rate=0.1, annealing_epochs=10_000, num_epochs=6, keep_every=1)
+    collapsing.train.criterion = "iwae"
+    train(collapsing, tmp_path)
+    values = [row["validation_iwae"] for row in records.read_rows(tmp_path / "metrics.jsonl")]
+    best = int(np.argmax(values)) + 1
+    assert best < 6, "the test needs a run whose last epoch is not its best"
+    found, step = checkpoints.load_variables(tmp_path)
+    kept, _ = checkpoints.load_variables(tmp_path, f"epoch_{best}")
+    assert step == best * 16
+    jax.tree.map(np.testing.assert_array_equal, found, kept)
+    last, last_step = checkpoints.load_variables(tmp_path, "last")
+    assert last_step == 6 * 16
+    assert np.any(
+        last["decoder"]["params"]["Dense_0"]["kernel"]
+        != found["decoder"]["params"]["Dense_0"]["kernel"]
+    )
+    with pytest.raises(UserError, match=r"has no checkpoint epoch_7; it has epoch_1, epoch_2"):
+        checkpoints.load_variables(tmp_path, "epoch_7")
+
+
+def leaves(tree):
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+@pytest.mark.parametrize("freeze", ["decoder", "encoder"])
+def test_frozen_parts_stay_bit_for_bit_and_have_no_optimizer_state(source, tmp_path, freeze):
+    warm = tiny_config(freeze=freeze)
+    warm.init_from, warm.init_parts = str(source), "decoder"
+    train(warm, tmp_path)
+    before, _ = checkpoints.load_variables(source)
+    after, _ = checkpoints.load_variables(tmp_path, "last")
+    moved = "decoder" if freeze == "encoder" else "encoder"
+    assert leaves(after[moved]) != leaves(before[moved])
+    (step,) = checkpoints.steps(tmp_path / "checkpoints")
+    arrays = checkpoints.read_arrays(tmp_path / f"checkpoints/{step:08d}")
+    moments = [name for name in arrays if name.startswith("optimizer/") and "kernel" in name]
+    assert moments
+    assert all(f"/{moved}/" in name for name in moments)
+    if freeze == "decoder":
+        assert leaves(after["decoder"]) == leaves(before["decoder"])
+    else:  # a fresh encoder, the one that this seed starts with
+        vae = make_vae(warm.model, (28, 28, 1), 2)
+        task = train_step.make_task(vae, warm.train, 4000)
+        _, _, fresh = train_step.initial(task, np.array([0]))
+        assert leaves(after["encoder"]) == leaves(fresh["encoder"])
+
+
+def test_warm_start_with_all_weights(source, tmp_path):
+    warm = tiny_config(learning_rate=0.0)
+    warm.init_from = str(source)
+    train(warm, tmp_path)
+    before, after = (checkpoints.load_variables(w)[0] for w in (source, tmp_path))
+    assert leaves(before) == leaves(after)
+
+
+def test_weights_that_do_not_fit_say_which_fields_differ(source, tmp_path):
+    warm = tiny_config()
+    warm.init_from, warm.model.decoder.hidden = str(source), (9,)
+    expected = (
+        r"the decoder of config.init_from.* model.decoder.hidden is \[8\] there and \[9\] here"
+    )
+    with pytest.raises(UserError, match=expected):
+        train(warm, tmp_path)
+
+
+def test_another_config_s_workdir_is_refused_and_untouched(source, tmp_path):
+    shutil.copytree(source, tmp_path, dirs_exist_ok=True)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    other = tiny_config(learning_rate=2e-3)
+    with pytest.raises(UserError, match=r"train.learning_rate is 0.001 there and 0.002 here"):
+        train(other, tmp_path)
+    other = tiny_config()
+    other.data.binarisation = "dynamic"
+    with pytest.raises(UserError, match="data identity"):
+        train(other, tmp_path)
+    assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+
+def test_seeds_together_are_the_runs_of_their_own(source, tmp_path):
+    train(tiny_config(num_seeds=2), tmp_path)
+    alone = records.read_rows(source / "metrics.jsonl")
+    together = records.read_rows(tmp_path / "seed_0" / "metrics.jsonl")
+    other = records.read_rows(tmp_path / "seed_1" / "metrics.jsonl")
+    assert len(alone) == len(together) == len(other) == 3
+    for a, b, c in zip(alone, together, other, strict=True):
+        assert a.keys() == b.keys() == c.keys()
+        np.testing.assert_allclose([*a.values()], [*b.values()], rtol=1e-3)
+        assert a["elbo"] != pytest.approx(c["elbo"], rel=1e-3)
+    runs = [records.read_run(w) for w in (source, tmp_path / "seed_0")]
+    assert runs[0]["identity"] == runs[1]["identity"]
+    with pytest.raises(UserError, match=r"holds 2 runs: give one, such as .*seed_0"):
+        checkpoints.load_variables(tmp_path)
+
+
+def test_nothing_compiles_twice(tmp_path, caplog):
+    jax.clear_caches()
+    with caplog.at_level(logging.WARNING), jax.log_compiles():
+        train(tiny_config(num_epochs=5, schedule="burda", picture_every=2), tmp_path)
+    messages = [record.getMessage() for record in caplog.records]
+    compiled = [m.split()[4] for m in messages if m.startswith("Finished XLA compilation of")]
+    large = ["train_chunk", "validate", "pictures", "initial", "init_states", "_choose"]
+    for name in large:
+        assert compiled.count(f"jit({name})") == 1, compiled
+    after = compiled[compiled.index("jit(train_chunk)") :]
+    assert len(after) <= 6, after

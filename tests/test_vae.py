@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import itertools
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from infsub import bounds, config, data
+from infsub.vae import make_vae
+
+KEY = jax.random.key(0)
+SHAPE = (4, 3, 1)
+CONV_SHAPE = (12, 12, 1)
+
+
+@pytest.fixture(autouse=True)
+def _quick_compilation():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def model(posterior="gaussian", latent_dim=3, **options):
+    made = config.default().model.unlock()
+    made.latent_dim = latent_dim
+    made.encoder.hidden = made.decoder.hidden = (8,)
+    made.posterior = config.posterior(posterior, **options)
+    return made
+
+
+def conv_model():
+    conv = model()
+    conv.encoder.kind = conv.decoder.kind = "conv"
+    conv.encoder.hidden, conv.decoder.hidden = (3, 4), (4, 3)
+    return conv
+
+
+def somewhere(vae):
+    """Variables away from the start, where flows are the identity and some gradients vanish."""
+    flat, unravel = ravel_pytree(jax.jit(vae.init)(KEY))
+    return unravel(flat + 0.1 * jax.random.normal(KEY, flat.shape))
+
+
+def images(key, num, shape=SHAPE, levels=2):
+    return jax.random.randint(key, (num, *shape), 0, levels).astype(jnp.float32)
+
+
+@pytest.mark.parametrize("name", config.POSTERIORS)
+def test_every_family_amortised(name):
+    vae = make_vae(model(name), SHAPE, 2)
+    variables = somewhere(vae)
+
+    def objective(variables, x):
+        terms, _ = vae.terms(KEY, variables, x, 7)
+        log_weights = terms.log_likelihood + terms.log_prior - terms.log_q
+        return jnp.mean(log_weights), log_weights
+
+    @jax.jit
+    @jax.vmap
+    def all_at(x):
+        # `terms` draws as `elbo` does: the training objective is the estimator's bound.
+        estimate = bounds.elbo(KEY, vae.target(variables, x), vae.sampler(variables, x), 7)
+        return jax.grad(objective, has_aux=True)(variables, x), estimate.log_weights
+
+    (gradients, log_weights), expected = all_at(images(KEY, 20))
+    assert log_weights.shape == (20, 7)
+    np.testing.assert_allclose(log_weights, expected, rtol=2e-5)
+    # Every trained number, the posterior's shared ones too, has a gradient at some x.
+    dead = [
+        jax.tree_util.keystr(path)
+        for path, g in jax.tree_util.tree_leaves_with_path(gradients)
+        if g.size and not jnp.any(g)
+    ]
+    assert not dead
+
+
+@pytest.mark.parametrize("name", ["rnvp", "auxiliary", "hamiltonian"])
+def test_amortised_flows_see_x(name):
+    # Where only the features h(x) differ, z or log q must.
+    vae = make_vae(model(name), SHAPE, 2)
+    variables = somewhere(vae)
+    x = images(KEY, 1)[0]
+
+    @jax.jit
+    def draw(shift):
+        params = vae.encode(variables, x)
+        params["encoded"]["context"] += shift
+        return vae.posterior(variables, x).sample(KEY, params)
+
+    (z, log_q), (other_z, other_log_q) = draw(0.0), draw(1.0)
+    assert log_q != other_log_q
+    assert np.any(z != other_z)
+
+
+@pytest.mark.parametrize(("shape", "levels"), [((2, 3, 1), 2), ((1, 2, 1), 4), ((1, 1, 3), 3)])
+def test_likelihood_sums_to_one_over_all_images(shape, levels):
+    vae = make_vae(model(), shape, levels)
+    variables = jax.jit(vae.init)(KEY)
+    size = int(np.prod(shape))
+    every = np.array(list(itertools.product(range(levels), repeat=size)), np.float32)
+    z = jnp.array([0.3, -2.0, 1.0])
+
+    @jax.jit
+    def total(every):
+        return jax.vmap(lambda x: vae.log_likelihood(variables, x, z))(every)
+
+    log_px = total(every.reshape(-1, *shape))
+    assert jax.nn.logsumexp(log_px) == pytest.approx(0, abs=1e-5)
+
+    draws = jax.jit(jax.vmap(lambda k: vae.sample_x(k, variables, z)))(jax.random.split(KEY, 4000))
+    probability = np.exp(log_px)
+    expected, square = probability @ every, probability @ every**2
+    error = np.sqrt((square - expected**2) / 4000)
+    drawn = draws.reshape(4000, -1)
+    assert np.all(np.abs(drawn.mean(axis=0) - expected) < 4 * error + 1e-6)
+    assert set(np.unique(drawn)) <= set(range(levels))
+    mean = vae.mean_x(variables, z)
+    assert mean.shape == shape
+    if levels == 2:
+        np.testing.assert_allclose(mean.ravel(), expected, rtol=1e-4)
+    else:
+        assert np.all((mean >= 0) & (mean <= 1))
+
+
+def train_mode(vae, training):
+    @jax.jit
+    def apply(variables, x):
+        return jax.vmap(
+            lambda x: vae.terms(KEY, variables, x, 2, training),
+            axis_name="batch",
+            out_axes=(0, None),
+        )(x)
+
+    return apply
+
+
+def test_batch_norm_is_the_batch_s_in_training_and_the_running_one_in_evaluation():
+    vae = make_vae(conv_model(), CONV_SHAPE, 2)
+    variables = jax.jit(vae.init)(KEY)
+    x = images(KEY, 6, CONV_SHAPE)
+    alone = images(KEY, 6, CONV_SHAPE).at[1:].set(0)
+
+    both, statistics = train_mode(vae, ("encoder", "decoder"))(variables, x)
+    other, _ = train_mode(vae, ("encoder", "decoder"))(variables, alone)
+    assert both.log_q[0, 0] != other.log_q[0, 0]  # the first datapoint's, in other company
+    for part in ("encoder", "decoder"):
+        before, _ = ravel_pytree(variables[part]["batch_stats"])
+        after, _ = ravel_pytree(statistics[part]["batch_stats"])
+        assert before.shape == after.shape
+        assert np.all(before != after)
+
+    _, statistics = train_mode(vae, ("encoder",))(variables, x)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        variables["decoder"]["batch_stats"],
+        statistics["decoder"]["batch_stats"],
+    )
+
+    in_company, _ = train_mode(vae, ())(variables, x)
+    lonely, _ = train_mode(vae, ())(variables, alone)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[0], b[0]), in_company, lonely)
+
+
+def test_equal_configs_give_the_same_object():
+    # The same static argument: a second evaluation compiles nothing.
+    vae = make_vae(model("planar"), SHAPE, 2)
+    again = config.default()
+    again.model = model("planar")
+    saved = config.from_json(config.to_json(again))
+    assert make_vae(saved.model, SHAPE, 2) is vae
+    assert make_vae(model("planar", latent_dim=4), SHAPE, 2) is not vae
+
+
+def test_grey_levels_reach_the_encoder_between_zero_and_one():
+    # Three levels 0, 1, 2 look to the encoder as 0, ½, 1.
+    vae, binary = make_vae(model(), SHAPE, 3), make_vae(model(), SHAPE, 2)
+    variables = jax.jit(vae.init)(KEY)
+    x = images(KEY, 1)[0]
+    ours = vae.encode(variables, 2 * x)["encoded"]["mean"]
+    np.testing.assert_array_equal(ours, binary.encode(variables, x)["encoded"]["mean"])
+
+
+def test_a_model_that_cannot_be_built_says_why():
+    bad = model()
+    bad.encoder.activation = "swish"
+    with pytest.raises(ValueError, match="activation must be one of elu"):
+        make_vae(bad, SHAPE, 2)
+    with pytest.raises(TypeError, match="num_stpes"):
+        make_vae(model("planar", num_stpes=2), SHAPE, 2)
+
+
+def test_embedded_digits_fit():
+    digits = data.load("mnist5k")
+    vae = make_vae(config.default().model, digits.image_shape, digits.levels)
+    variables = jax.eval_shape(vae.init, KEY)
+    x = jax.eval_shape(partial(data.batch, digits.train.images), jnp.arange(1))
+    params = jax.eval_shape(vae.encode, variables, jax.ShapeDtypeStruct(x.shape[1:], x.dtype))
+    assert params["encoded"]["mean"].shape == (50,)
