@@ -1,0 +1,236 @@
+"""Local optimisation: a posterior's parameters fitted to one datapoint, the decoder frozen.
+
+L[q*] of the approximation gap. Everything here is for one datapoint; under vmap each one stops by
+its own convergence and changes no more, and a block ends when all of its datapoints have.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from infsub import bounds, posteriors
+from infsub.types import Array, Estimate, Key, Params, Posterior, Target, as_partial, positive_int
+
+_NUM_JUDGED = (
+    500  # samples that compare two windows: a paired error near 0.01 nats, 8 % of the time
+)
+
+
+class Rule(NamedTuple):
+    """How to optimise, and when to stop.
+
+    Attributes:
+      learning_rate: of Adam (0.9, 0.999).
+      num_samples: Monte Carlo samples a step, which share the datapoint's parameters.
+      window: steps between two looks at the progress.
+      patience: windows in a row without improvement after which it has converged.
+      max_steps: steps after which it stops unconverged, rounded up to whole windows.
+      decay: factor on the learning rate after each window without improvement.
+      sticking_the_landing: whether to drop the gradient's score term, whose mean is 0 and whose
+        noise is not (Roeder et al. 2017).
+      paired: whether to judge a window by the mean of its parameters, on the samples that judged
+        the best so far, and to ask that the gain exceed its standard error. Otherwise a window is
+        judged by the mean of its steps' ELBO estimates, which must be higher, and leaves its last
+        parameters.
+    """
+
+    learning_rate: float
+    num_samples: int
+    window: int
+    patience: int
+    max_steps: int
+    decay: float
+    sticking_the_landing: bool
+    paired: bool
+
+
+RULES = {
+    "fast": Rule(5e-3, 20, 100, 3, 20_000, 0.5, sticking_the_landing=True, paired=True),
+    # Cremer et al. 2018, and their code.
+    "authors": Rule(1e-3, 100, 100, 10, 100_000, 1.0, sticking_the_landing=False, paired=False),
+}
+
+
+class LocalResult(NamedTuple):
+    """What local optimisation found for one datapoint.
+
+    Attributes:
+      params: of the best window; a non-finite or worse one never replaces it.
+      elbo: L[q*] in nats, from samples that neither fitted nor chose the parameters.
+      num_steps: [], steps taken.
+      converged: [], False where max_steps came first or no ELBO was finite.
+      iwae: the importance-weighted bound with q*, from fresh samples of its own.
+    """
+
+    params: Params
+    elbo: Estimate
+    num_steps: Array
+    converged: Array
+    iwae: Estimate
+
+
+def optimize_local(
+    key: Key,
+    target: Target,
+    posterior: Posterior,
+    params: Params | None = None,
+    rule: str | Rule = "fast",
+    *,
+    num_final_samples: int = 5000,
+    **changes: Any,
+) -> LocalResult:
+    """max_λ E_{q_λ}[log p(x, z) − log q_λ(z)] for one datapoint (Cremer et al. 2018, sec. 5.2).
+
+    Args:
+      key: of this datapoint.
+      target: p(z) p(x|z) for one x.
+      posterior: the family Q; all of its params, "encoded" and "shared", are fitted.
+      params: where to start, such as `posteriors.with_gaussian(posterior.init(key), encoder(x))`;
+        None starts at `posterior.init`, a standard normal.
+      rule: "fast", "authors" (Adam 1e-3, 100 samples, stop after 10 windows of 100 steps without
+        improvement), or a Rule.
+      num_final_samples: K of the returned bounds.
+      **changes: fields of the rule to replace, e.g. max_steps=5000.
+
+    Returns:
+      LocalResult: the best parameters, their ELBO and IWAE in nats, and whether it converged.
+
+    Raises:
+      ValueError: an unknown rule, a size below 1, a posterior without the sticking-the-landing
+        gradient under a rule that wants it, or params that are not this posterior's.
+      TypeError: an unknown field of the rule, or a density that returns no scalar.
+    """
+    rule = _checked_rule(rule, changes)
+    posterior = Posterior(as_partial(posterior.init), as_partial(posterior.sample))
+    arguments = inspect.signature(posterior.sample).parameters
+    if rule.sticking_the_landing and "sticking" not in arguments:
+        raise ValueError(
+            "sticking_the_landing needs posterior.sample(key, params, sticking=True), which this "
+            "posterior has not: pass sticking_the_landing=False"
+        )
+    key, key_init = jax.random.split(key)
+    if params is None:
+        params = posterior.init(key_init)
+    expected = jax.tree.map(jnp.shape, jax.eval_shape(posterior.init, key_init))
+    found = jax.tree.map(jnp.shape, params)
+    if found != expected:
+        raise ValueError(f"params must have the posterior's shapes, {expected}; got {found}")
+    num_final_samples = positive_int("num_final_samples", num_final_samples)
+    return _optimize(key, target, posterior, params, rule, num_final_samples)
+
+
+def _checked_rule(rule: str | Rule, changes: dict[str, Any]) -> Rule:
+    if isinstance(rule, str):
+        if rule not in RULES:
+            raise ValueError(f"rule must be one of {', '.join(RULES)}, or a Rule; got {rule!r}")
+        rule = RULES[rule]
+    if unknown := changes.keys() - set(Rule._fields):
+        fields = ", ".join(Rule._fields)
+        raise TypeError(f"a rule has the fields {fields}; got {', '.join(sorted(unknown))}")
+    rule = rule._replace(**changes)
+    for name in ("num_samples", "window", "patience", "max_steps"):
+        positive_int(name, getattr(rule, name))
+    if not rule.learning_rate > 0 or not 0 < rule.decay <= 1:
+        raise ValueError(f"learning_rate must be positive and decay in (0, 1]; got {rule}")
+    return rule
+
+
+class _State(NamedTuple):
+    params: Params
+    moments: optax.OptState
+    best: Params
+    best_values: Array  # what the best was judged by: ELBO samples [K], or one mean []
+    rate: Array | float  # learning rate
+    num_steps: Array | int
+    num_stalled: Array | int  # windows since the best
+
+
+@partial(jax.jit, static_argnames=("rule", "num_final_samples"))
+def _optimize(
+    key: Key,
+    target: Target,
+    posterior: Posterior,
+    params: Params,
+    rule: Rule,
+    num_final_samples: int,
+) -> LocalResult:
+    key_steps, key_judge, key_elbo, key_iwae = jax.random.split(key, 4)
+    adam = optax.scale_by_adam()
+    sticking = {"sticking": True} if rule.sticking_the_landing else {}
+
+    def log_weights(key: Key, params: Params, num_samples: int, **options: bool) -> Array:
+        q = partial(posterior.sample, params=params, **options)
+        keys = jax.random.split(key, num_samples)
+        return jax.vmap(lambda key: bounds.log_weight(key, target, q))(keys)
+
+    def step(rate: Any, carry: Any, number: Array) -> tuple[Any, Array]:
+        params, moments, total = carry
+
+        def elbo(params: Params) -> Array:
+            key = jax.random.fold_in(key_steps, number)
+            return jnp.mean(log_weights(key, params, rule.num_samples, **sticking))
+
+        value, gradient = jax.value_and_grad(elbo)(params)
+        direction, new_moments = adam.update(gradient, moments)
+        new_params = jax.tree.map(lambda p, d: p + rate * d, params, direction)
+        finite = jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(gradient))
+        params, moments = _where(finite, (new_params, new_moments), (params, moments))
+        total = jax.tree.map(jnp.add, total, params)
+        return (params, moments, total), jnp.where(finite, value, jnp.nan)
+
+    def judge(params: Params) -> Array:
+        return log_weights(key_judge, params, _NUM_JUDGED)
+
+    def run_window(state: _State) -> _State:
+        carry = (state.params, state.moments, jax.tree.map(jnp.zeros_like, state.params))
+        numbers = state.num_steps + jnp.arange(rule.window)
+        (params, moments, total), values = jax.lax.scan(partial(step, state.rate), carry, numbers)
+        if rule.paired:
+            candidate = jax.tree.map(lambda t: t / rule.window, total)
+            values = judge(candidate)
+        else:
+            candidate, values = params, jnp.nanmean(values)
+        gains = values - state.best_values
+        better = jnp.mean(gains) > jnp.std(gains) / jnp.sqrt(gains.size)
+        # Whatever has a finite ELBO is better than what has none.
+        better = jnp.where(_has_mean(state.best_values), better, _has_mean(values))
+        best = _where(better, (candidate, values), (state.best, state.best_values))
+        return _State(
+            params,
+            moments,
+            *best,
+            rate=jnp.where(better, state.rate, rule.decay * state.rate),
+            num_steps=state.num_steps + rule.window,
+            num_stalled=jnp.where(better, 0, state.num_stalled + 1),
+        )
+
+    def unfinished(state: _State) -> Any:
+        return (state.num_stalled < rule.patience) & (state.num_steps < rule.max_steps)
+
+    best_values = judge(params)
+    if not rule.paired:
+        best_values = jnp.full((), -jnp.inf, best_values.dtype)
+    start = _State(params, adam.init(params), params, best_values, rule.learning_rate, 0, 0)
+    end = jax.lax.while_loop(unfinished, run_window, start)
+    q = posteriors.sampler(posterior, end.best)
+    return LocalResult(
+        end.best,
+        bounds.elbo(key_elbo, target, q, num_final_samples),
+        jnp.asarray(end.num_steps),
+        (end.num_stalled >= rule.patience) & _has_mean(end.best_values),
+        bounds.iwae(key_iwae, target, q, num_final_samples),
+    )
+
+
+def _has_mean(values: Array) -> Array:
+    return jnp.isfinite(jnp.mean(values))
+
+
+def _where(condition: Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)

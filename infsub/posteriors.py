@@ -1,0 +1,424 @@
+"""Families of approximate posteriors q(z|x): each a `Posterior(init, sample)` of one datapoint.
+
+A family's parameters are {"encoded": …, "shared": …}, "encoded" being an encoder's output in
+amortised use. Every family has a factorised Gaussian q(z0) at its base, params["encoded"]["mean"]
+and ["log_scale"] [D], and `init` starts it there: N(0, I) through a flow that is the identity, or
+nearly so. A family with `context_dim` > 0 sees features h(x), params["encoded"]["context"] [C]; in
+local use they are a free vector.
+
+Every `sample` here takes a third argument: sample(key, params, sticking=True) returns the same
+numbers, but log_q carries the gradient through z alone and none of the density's own parameters
+("sticking the landing", Roeder et al. 2017, arXiv 1703.09194). The ELBO's gradient is the same in
+expectation, and has no noise left where q is the posterior.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from infsub import densities, flows
+from infsub.types import Array, Gaussian, Key, Params, Posterior, Target, as_partial, positive_int
+
+NAMES = ("gaussian", "full_gaussian", "planar", "rnvp", "auxiliary", "sylvester", "hamiltonian")
+
+_LOG_SCALE_LIMIT = 15.0  # e^±15 is what float32 resolves beside a mean of order 1
+_LOG_SCALE_LIMIT_V = 7.0  # v has no unit but its own
+
+
+def make(name: str, latent_dim: int, **options: Any) -> Posterior:
+    """The family called `name` over z [D]; options are its constructor's arguments.
+
+    "hamiltonian" needs the option `target`, a Target of the same D.
+    Raises ValueError when the name is unknown or a size is wrong, TypeError for an unknown option.
+    """
+    match name:
+        case "gaussian":
+            return gaussian(latent_dim, **options)
+        case "full_gaussian":
+            return full_gaussian(latent_dim, **options)
+        case "planar":
+            return planar(latent_dim, **options)
+        case "rnvp":
+            return rnvp(latent_dim, **options)
+        case "auxiliary":
+            return auxiliary(latent_dim, **options)
+        case "sylvester":
+            return sylvester(latent_dim, **options)
+        case "hamiltonian":
+            posterior = hamiltonian(**options)
+            if options["target"].latent_dim != latent_dim:
+                found = options["target"].latent_dim
+                raise ValueError(f"the target has latent_dim={found}; the posterior {latent_dim}")
+            return posterior
+    raise ValueError(f"unknown posterior {name!r}: it must be one of {', '.join(NAMES)}")
+
+
+def sampler(posterior: Posterior, params: Params) -> Partial:
+    """`posterior` at `params` as a function key -> (z [D], log_q []), its arrays all arguments."""
+    return Partial(_sample, as_partial(posterior.sample), params)
+
+
+def _sample(sample: Callable[..., Any], params: Params, key: Key) -> tuple[Array, Array]:
+    return sample(key, params)
+
+
+def gaussian_of(params: Params) -> Gaussian:
+    """The base Gaussian q(z0) of any family's params: mean [D], scale [D]."""
+    encoded = params["encoded"]
+    log_scale = flows.soft_clip(encoded["log_scale"], _LOG_SCALE_LIMIT)
+    return Gaussian(encoded["mean"], jnp.exp(log_scale))
+
+
+def with_gaussian(params: Params, q: Gaussian) -> Params:
+    """`params` with `q`, such as the encoder's, as the base Gaussian: a start for any family."""
+    encoded = params["encoded"] | {"mean": q.mean, "log_scale": jnp.log(q.scale)}
+    return params | {"encoded": encoded}
+
+
+def moment_matched(
+    key: Key, posterior: Posterior, params: Params, num_samples: int = 1000
+) -> Gaussian:
+    """The Gaussian of the mean [D] and standard deviations [D] of q(z); AIS may start from it."""
+    keys = jax.random.split(key, positive_int("num_samples", num_samples))
+    z, _ = jax.vmap(sampler(posterior, params))(keys)
+    return Gaussian(jnp.mean(z, axis=0), jnp.std(z, axis=0))
+
+
+def _cached(constructor: Callable[..., Any]) -> Callable[..., Any]:
+    """Equal arguments give the same object, so that jit knows it again; lists count as tuples."""
+    cached = functools.cache(constructor)
+
+    def hashable(a: Any) -> Any:
+        return tuple(a) if isinstance(a, list) else a
+
+    @functools.wraps(constructor)
+    def construct(*args: Any, **kwargs: Any) -> Any:
+        return cached(*map(hashable, args), **{k: hashable(v) for k, v in kwargs.items()})
+
+    return construct
+
+
+def _check(hidden: Sequence[int] = (), activation: str = "elu", context_dim: int = 0, **sizes: int):
+    for name, size in sizes.items() | {("hidden", width) for width in hidden}:
+        positive_int(name, size)
+    if context_dim:
+        positive_int("context_dim", context_dim)
+    if activation not in flows.ACTIVATIONS:
+        known = ", ".join(flows.ACTIVATIONS)
+        raise ValueError(f"unknown activation {activation!r}: it must be one of {known}")
+
+
+def _init(latent_dim: int, context_dim: int = 0, **shared: Any) -> Params:
+    encoded = {"mean": jnp.zeros(latent_dim), "log_scale": jnp.zeros(latent_dim)}
+    if context_dim:
+        encoded["context"] = jnp.zeros(context_dim)
+    return {"encoded": encoded, "shared": shared}
+
+
+def _context(params: Params) -> Array:
+    encoded = params["encoded"]
+    return encoded.get("context", encoded["mean"][:0])
+
+
+# Gaussians
+
+
+@_cached
+def gaussian(latent_dim: int) -> Posterior:
+    """Factorised Gaussian (FFG), q(z) = N(mean, diag(scale²)); encoded: mean, log_scale [D].
+
+    Raises ValueError when latent_dim is not a positive integer.
+    """
+    _check(latent_dim=latent_dim)
+
+    def sample(key: Key, params: Params, sticking: bool = False) -> tuple[Array, Array]:
+        z, log_q = densities.sample_gaussian(key, gaussian_of(params))
+        if sticking:
+            log_q = densities.normal(z, *gaussian_of(jax.lax.stop_gradient(params)))
+        return z, log_q
+
+    return Posterior(lambda key: _init(latent_dim), sample)
+
+
+@_cached
+def full_gaussian(latent_dim: int) -> Posterior:
+    """Gaussian of full covariance: z = mean + scale ∘ (ε + A ε), A strictly lower triangular.
+
+    Its Cholesky factor is diag(scale)(I + A), of log determinant Σ log scale. Encoded: mean,
+    log_scale [D], "lower" [D(D−1)/2], the entries of A row by row.
+    Raises ValueError when latent_dim is not a positive integer.
+    """
+    _check(latent_dim=latent_dim)
+    below = np.tril_indices(latent_dim, -1)
+
+    def init(key: Key) -> Params:
+        params = _init(latent_dim)
+        params["encoded"]["lower"] = jnp.zeros(below[0].size)
+        return params
+
+    def moments(params: Params) -> tuple[Array, Array, Array]:
+        mean, scale = gaussian_of(params)
+        unit = jnp.eye(latent_dim, dtype=mean.dtype).at[below].set(params["encoded"]["lower"])
+        return mean, scale, scale[:, None] * unit
+
+    def sample(key: Key, params: Params, sticking: bool = False) -> tuple[Array, Array]:
+        mean, scale, cholesky = moments(params)
+        noise = jax.random.normal(key, mean.shape, mean.dtype)
+        z = mean + cholesky @ noise
+        if sticking:
+            mean, _, cholesky = moments(jax.lax.stop_gradient(params))
+            return z, _distrax().MultivariateNormalTri(mean, cholesky).log_prob(z)
+        # From the noise: solving for it would lose every digit where A is large.
+        return z, densities.standard_normal(noise) - jnp.sum(jnp.log(scale))
+
+    return Posterior(init, sample)
+
+
+def _distrax() -> Any:
+    """Imported on use: it takes seconds, and warns of its own use of JAX's insides."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        import distrax
+    return distrax
+
+
+# Flows
+
+
+def _flow_posterior(
+    init: Callable[[Key], Params],
+    flow: flows.Flow,
+    steps_in: str,
+    split: Callable[[Array], Any] = lambda z: z,
+    join: Callable[[Any], Array] = lambda y: y,
+) -> Posterior:
+    """q(z_T) of a Gaussian z_0 pushed through params[steps_in]["steps"], which act on split(z)."""
+
+    def sample(key: Key, params: Params, sticking: bool = False) -> tuple[Array, Array]:
+        z, log_q = densities.sample_gaussian(key, gaussian_of(params))
+        steps = params[steps_in]["steps"]
+        y, start, log_det = flows.push(flow, steps, split(z), _context(params), sticking)
+        if sticking:
+            frozen = jax.lax.stop_gradient(params)
+            log_q = densities.normal(join(start), *gaussian_of(frozen))
+        return join(y), log_q - log_det
+
+    return Posterior(init, sample)
+
+
+@_cached
+def planar(latent_dim: int, num_steps: int = 2) -> Posterior:
+    """Planar flow, z' = z + û tanh(w·z + b) (Rezende & Mohamed 2015, arXiv 1505.05770, eq. 10).
+
+    û = u + (m(w·u) − w·u) w/‖w‖², m(a) = a for a ≥ 0 and above −1 for any a, so that w·û > −1 and
+    it is invertible. Encoded: mean, log_scale [D], "steps", a list of {"u" [D], "w" [D], "b" []}.
+    Raises ValueError when an argument is not a positive integer.
+    """
+    _check(latent_dim=latent_dim, num_steps=num_steps)
+
+    def init(key: Key) -> Params:
+        params = _init(latent_dim)
+        keys = jax.random.split(key, num_steps)
+        params["encoded"]["steps"] = [flows.init_planar(key, latent_dim) for key in keys]
+        return params
+
+    return _flow_posterior(init, flows.planar, "encoded")
+
+
+@_cached
+def sylvester(
+    latent_dim: int, num_steps: int = 2, rank: int | None = None, num_reflections: int = 8
+) -> Posterior:
+    """Sylvester flow, z' = z + Q R1 tanh(R2 Qᵀ z + b) (van den Berg et al. 2018, arXiv 1803.05649).
+
+    Q [D, M] has orthonormal columns, from a product of Householder reflections; R1, R2 [M, M] are
+    upper triangular with diagonals in (−1, 1), which makes it invertible. rank: M, by default
+    min(D, 16). Encoded: mean, log_scale [D], "steps", a list of `flows.init_sylvester`'s dicts.
+    Raises ValueError when an argument is not a positive integer, or rank exceeds D.
+    """
+    num_hidden = min(latent_dim, 16) if rank is None else rank
+    _check(
+        latent_dim=latent_dim, num_steps=num_steps, rank=num_hidden, num_reflections=num_reflections
+    )
+    if num_hidden > latent_dim:
+        raise ValueError(f"rank must be at most latent_dim={latent_dim}; got {rank}")
+
+    def init(key: Key) -> Params:
+        params = _init(latent_dim)
+        params["encoded"]["steps"] = [
+            flows.init_sylvester(key, latent_dim, num_hidden, num_reflections)
+            for key in jax.random.split(key, num_steps)
+        ]
+        return params
+
+    return _flow_posterior(init, flows.sylvester, "encoded")
+
+
+@_cached
+def rnvp(
+    latent_dim: int,
+    num_steps: int = 2,
+    hidden: Sequence[int] = (200,),
+    activation: str = "elu",
+    context_dim: int = 0,
+) -> Posterior:
+    """Real-NVP (Dinh et al. 2017, arXiv 1605.08803): the halves of z update each other in turn.
+
+    A step is b' = b ∘ σ(a, h) + μ(a, h), a' = a ∘ σ(b', h) + μ(b', h); a is the first ⌊D/2⌋ of z.
+    Encoded: mean, log_scale [D], "context" h; shared: "steps", networks of `hidden` widths.
+    Raises ValueError when a size is not a positive integer or the activation is unknown.
+    """
+    _check(hidden, activation, context_dim, latent_dim=latent_dim, num_steps=num_steps)
+    half = latent_dim // 2
+
+    def init(key: Key) -> Params:
+        sizes = (half, latent_dim - half, context_dim, hidden)
+        steps = [flows.init_coupling(key, *sizes) for key in jax.random.split(key, num_steps)]
+        return _init(latent_dim, context_dim, steps=steps)
+
+    return _flow_posterior(
+        init,
+        flows.coupling(activation),
+        "shared",
+        split=lambda z: (z[:half], z[half:]),
+        join=jnp.concatenate,
+    )
+
+
+# Families with an auxiliary variable v
+
+
+def _auxiliary_family(
+    latent_dim: int,
+    num_v: int,
+    hidden: Sequence[int],
+    activation: str,
+    context_dim: int,
+    init_steps: Callable[[Key], list[Params]],
+) -> tuple[Callable[[Key], Params], Callable[..., tuple[Array, Array]]]:
+    """(init, sample) of q(z0) q(v0|z0, h) through a flow; sample(flow, flow's context, …)."""
+
+    def init(key: Key) -> Params:
+        key_q, key_r, key_steps = jax.random.split(key, 3)
+        widths = (latent_dim + context_dim, hidden, 2 * num_v)
+        return _init(
+            latent_dim,
+            context_dim,
+            q=flows.init_net(key_q, *widths),
+            r=flows.init_net(key_r, *widths),
+            steps=init_steps(key_steps),
+        )
+
+    def given(z: Array, name: str, params: Params) -> Gaussian:
+        mean, log_scale = flows.net(params["shared"][name], activation, z, _context(params))
+        return Gaussian(mean, jnp.exp(flows.soft_clip(log_scale, _LOG_SCALE_LIMIT_V)))
+
+    def sample(
+        flow: flows.Flow, context: Any, key: Key, params: Params, sticking: bool
+    ) -> tuple[Array, Array]:
+        key_z, key_v = jax.random.split(key)
+        z, _ = densities.sample_gaussian(key_z, gaussian_of(params))
+        v, _ = densities.sample_gaussian(key_v, given(z, "q", params))
+        steps = params["shared"]["steps"]
+        (z, v), (z_0, v_0), log_det = flows.push(flow, steps, (z, v), context, sticking)
+        # r is no part of q(z, v): its gradient is not 0 in expectation, and always stays.
+        log_r = densities.normal(v, *given(z, "r", params))
+        q_params = jax.lax.stop_gradient(params) if sticking else params
+        log_q_z = densities.normal(z_0, *gaussian_of(q_params))
+        log_q_v = densities.normal(v_0, *given(z_0, "q", q_params))
+        return z, log_q_z + log_q_v - log_det - log_r
+
+    return init, sample
+
+
+@_cached
+def auxiliary(
+    latent_dim: int,
+    num_steps: int = 2,
+    hidden: Sequence[int] = (200,),
+    auxiliary_hidden: Sequence[int] = (200, 200),
+    activation: str = "elu",
+    context_dim: int = 0,
+    auxiliary_dim: int | None = None,
+) -> Posterior:
+    """Real-NVP with an auxiliary variable v: q_AF of Cremer et al. 2018, arXiv 1801.03558.
+
+    z0 ~ q(z0), v0 ~ q(v0|z0, h). A step is v' = v ∘ σ1(z, h) + μ1(z, h), z' = z ∘ σ2(v', h) +
+    μ2(v', h), its networks its own, σ twice a sigmoid (a plain sigmoid's family: z0 and v0 take the
+    factor). log q = log q(z0) + log q(v0|z0, h) − Σ log σ − log r(v_T|z_T, h), r scored at v_T
+    itself: E[p(x, z)/q] = p(x), and the ELBO is L[q(z)] − E KL(q(v|z) ‖ r(v|z, h)).
+
+    Encoded: mean, log_scale [D], "context" h; shared: "steps" of `hidden` widths, "q" and "r" of
+    `auxiliary_hidden` widths. auxiliary_dim: of v, by default D.
+    Raises ValueError when a size is not a positive integer or the activation is unknown.
+    """
+    num_v = latent_dim if auxiliary_dim is None else auxiliary_dim
+    sizes = {"latent_dim": latent_dim, "num_steps": num_steps, "auxiliary_dim": num_v}
+    _check((*hidden, *auxiliary_hidden), activation, context_dim, **sizes)
+    flow = flows.coupling(activation)
+
+    def init_steps(key: Key) -> list[Params]:
+        widths = (latent_dim, num_v, context_dim, hidden)
+        return [flows.init_coupling(key, *widths) for key in jax.random.split(key, num_steps)]
+
+    init, sample_through = _auxiliary_family(
+        latent_dim, num_v, auxiliary_hidden, activation, context_dim, init_steps
+    )
+
+    def sample(key: Key, params: Params, sticking: bool = False) -> tuple[Array, Array]:
+        return sample_through(flow, _context(params), key, params, sticking)
+
+    return Posterior(init, sample)
+
+
+def hamiltonian(
+    target: Target,
+    num_steps: int = 2,
+    auxiliary_hidden: Sequence[int] = (200, 200),
+    activation: str = "elu",
+    context_dim: int = 0,
+) -> Posterior:
+    """Hamiltonian flow: an auxiliary one led by ∇_z log p(x, z) (Salimans et al. 2015, 1410.6460).
+
+    z0 ~ q(z0), v0 ~ q(v0|z0, h). A step is a kick and a drift of the leapfrog, the kick with
+    friction: v' = v ∘ σ + ε ∘ ∇_z log p(x, z), z' = z + ε ∘ v'; σ [D] and ε [D], in widths of
+    q(z0), are learned. log q as in `auxiliary`. Encoded: mean, log_scale [D], "context" h; shared:
+    "steps", a list of {"log_step_size" [D], "friction" [D]}, "q" and "r".
+
+    The target's arrays are arguments of `sample`: a new datapoint compiles nothing anew.
+    Raises ValueError when a size is not a positive integer or the activation is unknown.
+    """
+    _check(auxiliary_hidden, activation, context_dim, num_steps=num_steps)
+    widths = tuple(auxiliary_hidden)
+    init, sample = _hamiltonian(target.latent_dim, num_steps, widths, activation, context_dim)
+    return Posterior(init, Partial(sample, target))
+
+
+@_cached
+def _hamiltonian(
+    latent_dim: int, num_steps: int, hidden: tuple[int, ...], activation: str, context_dim: int
+) -> tuple[Callable[[Key], Params], Callable[..., tuple[Array, Array]]]:
+    init, sample_through = _auxiliary_family(
+        latent_dim,
+        latent_dim,
+        hidden,
+        activation,
+        context_dim,
+        lambda key: [flows.init_leapfrog(latent_dim) for _ in range(num_steps)],
+    )
+
+    def sample(
+        target: Target, key: Key, params: Params, sticking: bool = False
+    ) -> tuple[Array, Array]:
+        flow, width = flows.leapfrog(target), gaussian_of(params).scale
+        return sample_through(flow, width, key, params, sticking)
+
+    return init, sample
