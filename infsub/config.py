@@ -152,6 +152,7 @@ def default() -> Config:
             "local": {
                 "families": ("gaussian",),
                 "preset": "fast",  # fast | authors
+                "max_steps": 20_000,  # an optimisation that has not converged by then is listed
             },
             "bdmc": {"num_points": 0},  # simulated points for the certificate; 0: none
         },

@@ -186,7 +186,14 @@ def bounds_of_datapoint(
         params = posterior.init(key_init)
         if settings.local.preset == "fast":  # from the encoder; the authors start at N(0, I)
             params = posteriors.with_gaussian(params, base)
-        local = optimize_local(key_fit, target, posterior, params, settings.local.preset)
+        local = optimize_local(
+            key_fit,
+            target,
+            posterior,
+            params,
+            settings.local.preset,
+            max_steps=settings.local.max_steps,
+        )
         name = f"local_{family}"
         row |= _columns(name, local.elbo) | _columns(f"{name}_iwae", local.iwae)
         row |= {f"{name}_steps": local.num_steps, f"{name}_converged": local.converged}

@@ -28,8 +28,9 @@ def mean_and_error(ratio):
     return ratio.mean(), ratio.std(ddof=1) / np.sqrt(ratio.size)
 
 
-@pytest.mark.parametrize("schedule", ["linear", "adaptive"])
-@pytest.mark.parametrize("latent_dim", [1, 10, 50])
+@pytest.mark.parametrize(
+    ("latent_dim", "schedule"), [(1, "linear"), (10, "adaptive"), (50, "linear")]
+)
 def test_weights_average_to_px(latent_dim, schedule):
     """E[w] = p(x) at few temperatures, with the pilot's frozen step sizes."""
     model = linear_gaussian(latent_dim, 2 * latent_dim)
@@ -64,9 +65,8 @@ def test_reverse_weights_average_to_one_over_px(latent_dim):
     assert excess.mean() > 0  # an upper bound
 
 
-@pytest.mark.parametrize("latent_dim", [1, 10])
-def test_prior_start(latent_dim):
-    model = linear_gaussian(latent_dim, 2 * latent_dim, noise=1.0)
+def test_prior_start():
+    model = linear_gaussian(10, 20, noise=1.0)
     _, xs = simulate(model, 1000)
 
     def point(key, x, model):

@@ -1,0 +1,162 @@
+"""Rows of bounds: schema, exact resume, points of every choice, non-finite datapoints named."""
+
+from __future__ import annotations
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from infsub import data, evaluate, main, records
+from infsub import config as configs
+from infsub.train import train
+from infsub.types import Target, UserError
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_compilation():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def small(**fields):
+    config = tiny.get_config()
+    config.train.num_epochs = 2
+    config.evaluate.update(
+        {"per_class": 1, "block_size": 4, "elbo_samples": 20, "iwae_samples": 50}
+    )
+    config.evaluate.ais.update({"num_chains": 4, "num_temperatures": 5, "num_leapfrog": 2})
+    config.evaluate.local.max_steps = 100
+    config.evaluate.update(fields)
+    return configs.resolve(config)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("trained")
+    config = small()
+    config.evaluate.bdmc.num_points = 6
+    train(config, workdir)
+    assert evaluate.evaluate(config, workdir) == []
+    return workdir
+
+
+@pytest.fixture
+def workdir(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def again(workdir, **fields):
+    config = small(**fields)
+    config.evaluate.bdmc.num_points = 6
+    return evaluate.evaluate(config, workdir)
+
+
+def test_rows(trained):
+    rows = records.read_rows(trained / "rows.jsonl")
+    assert len(rows) == 10
+    assert [row["label"] for row in sorted(rows, key=lambda row: row["label"])] == list(range(10))
+    for row in rows:
+        for name in ("elbo", "local_gaussian", "iwae", "ais", "log_px"):
+            assert np.isfinite(row[name])
+            assert row[f"{name}_se"] >= 0
+        assert row["log_px"] == max(row["iwae"], row["ais"])
+        assert 1 <= row["iwae_ess"] <= 50
+        assert 1 <= row["ais_ess"] <= 4
+        assert 0 < row["ais_acceptance"] <= 1
+        assert isinstance(row["local_gaussian_converged"], bool)
+    bounds = records.read_rows(trained / "bdmc.jsonl")
+    assert [row["index"] for row in bounds] == list(range(6))
+    for row in bounds:
+        np.testing.assert_allclose(row["gap"], row["upper"] - row["lower"], atol=1e-4)
+
+
+def test_all_is_done(workdir):
+    before = (workdir / "rows.jsonl").read_bytes()
+    assert again(workdir) == []
+    assert (workdir / "rows.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.37, 0.95])
+def test_a_killed_evaluation_ends_with_the_same_numbers(trained, workdir, kept):
+    for name in ("rows.jsonl", "bdmc.jsonl"):
+        whole = (workdir / name).read_bytes()
+        (workdir / name).write_bytes(whole[: int(kept * len(whole))])
+    again(workdir)
+    for name in ("rows.jsonl", "bdmc.jsonl"):
+        assert records.read_rows(workdir / name) == records.read_rows(trained / name)
+
+
+def test_other_settings_do_not_mix(workdir):
+    before = (workdir / "rows.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"iwae_samples is 50 there and 60 here.*evaluate\.name"):
+        again(workdir, iwae_samples=60)
+    assert (workdir / "rows.jsonl").read_bytes() == before
+    again(workdir, iwae_samples=60, name="more")
+    assert (workdir / "rows.jsonl").read_bytes() == before
+    more = records.read_rows(workdir / "more" / "rows.jsonl")
+    # the ELBO's key does not depend on what else is measured
+    rows = records.read_rows(workdir / "rows.jsonl")
+    assert [row["elbo"] for row in more] == [row["elbo"] for row in rows]
+    assert [row["iwae"] for row in more] != [row["iwae"] for row in rows]
+
+
+def test_choices_of_points(tmp_path):
+    split = data.load("mnist5k").test
+    chosen = evaluate.choose(split, small(per_class=3).evaluate)
+    assert np.bincount(split.labels[chosen]).tolist() == [3] * 10
+    assert evaluate.choose(split, small(first=7).evaluate).tolist() == list(range(7))
+    assert evaluate.choose(split, small(per_class=0).evaluate).size == 500
+    file = tmp_path / "indices.txt"
+    file.write_text("7\n3\n499\n")
+    by_file = small(indices_file=str(file)).evaluate
+    assert evaluate.choose(split, by_file).tolist() == [7, 3, 499]
+    for text, message in [
+        ("7\nx\n", "file of integers"),
+        ("500\n", "0 to 499"),
+        ("1\n1\n", "names a datapoint twice"),
+        ("", "0 to 499"),
+    ]:
+        file.write_text(text)
+        with pytest.raises(UserError, match=message):
+            evaluate.choose(split, by_file)
+
+
+def test_non_finite_datapoints_are_named(workdir, monkeypatch, capsys):
+    """A likelihood that is NaN where the first lit pixel lies low: those rows alone, by index."""
+    good = {row["index"]: row for row in records.read_rows(workdir / "rows.jsonl")}
+    images = data.load("mnist5k").train.images
+    xs = np.asarray(data.batch(images, jnp.asarray(sorted(good))))
+    lit = xs.sum(axis=(1, 2, 3))
+    threshold = np.sort(lit)[-3]
+    bad = [index for index, n in zip(sorted(good), lit, strict=True) if n >= threshold]
+    make_vae = evaluate.make_vae
+
+    def broken(*arguments):
+        vae = make_vae(*arguments)
+
+        def target(variables, x):
+            inner = vae.target(variables, x)
+            poison = jnp.where(jnp.sum(x) >= threshold, jnp.nan, 0.0)
+            return Target(None, lambda z: inner.log_likelihood(z) + poison, 2)
+
+        return vae._replace(target=target)
+
+    monkeypatch.setattr(evaluate, "make_vae", broken)
+    config = small(name="broken")
+    with pytest.raises(records.Stopped, match=str(bad[0])) as stopped:
+        main.run("evaluate", config, workdir)
+    assert stopped.value.exit_code == 1
+    rows = {row["index"]: row for row in records.read_rows(workdir / "broken" / "rows.jsonl")}
+    assert [index for index in rows if rows[index]["log_px"] is None] == bad
+    for index in set(rows) - set(bad):
+        for name in ("elbo", "iwae", "ais", "local_gaussian"):
+            np.testing.assert_allclose(rows[index][name], good[index][name], rtol=1e-4)
+    main.run("report", config, workdir)
+    table = (workdir / "broken" / "table.md").read_text()
+    assert "not finite at 3 of 10" in table
+    assert all(str(index) in table for index in bad)
