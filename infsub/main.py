@@ -66,22 +66,18 @@ def main(_: list[str]) -> int:
 
 def run(mode: str, config: configs.Config, workdir: Path) -> None:
     """Trains, evaluates and reports, or does the one of them that `mode` names."""
+    from infsub import evaluate, report, train  # jax and flax: not for a mistake, nor for --help
+
     if mode in ("run", "train"):
-        from infsub.train import train
-
-        train(config, workdir)
+        train.train(config, workdir)
+    failed = []
     for member, folder in configs.runs(config, workdir):
-        bad: list[int] = []
-        if mode in ("run", "evaluate"):
-            from infsub.evaluate import evaluate
-
-            bad = evaluate(member, folder)
+        if mode in ("run", "evaluate") and (bad := evaluate.evaluate(member, folder)):
+            failed.append(f"an estimate is not finite at datapoints {bad} of {folder}")
         if mode in ("run", "report"):
-            from infsub.report import report
-
-            report(str(folder / config.evaluate.name))
-        if bad:
-            raise records.Stopped(f"an estimate is not finite at datapoints {bad} of {folder}.", 1)
+            report.report(str(folder / config.evaluate.name))
+    if failed:
+        raise records.Stopped(f"{'; '.join(failed)}.", exit_code=1)
 
 
 if __name__ == "__main__":

@@ -8,15 +8,50 @@ is sent s seconds after the start or, given a pattern, after a path of it is wri
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import importlib
 import json
 import os
+import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+Command = Callable[..., dict[str, Any]]
+
+
+@contextlib.contextmanager
+def commands(folder: Path) -> Iterator[Command]:
+    """command(*argv, kill=…) -> answer, from a process that keeps its log and compilations in `folder`."""
+    variables = {
+        "JAX_COMPILATION_CACHE_DIR": str(folder),
+        "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_COMPILATION_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        "OPENBLAS_NUM_THREADS": "1",  # no threads before the fork
+    }
+    server = subprocess.Popen(
+        [sys.executable, __file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | variables,
+    )
+
+    def command(*argv: str, kill: dict[str, Any] | None = None) -> dict[str, Any]:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        request = {"argv": argv, "log": str(folder / "log"), "kill": kill}
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        return json.loads(server.stdout.readline())
+
+    yield command
+    server.communicate()
 
 
 def child(request: dict[str, Any]) -> int:
@@ -75,7 +110,13 @@ if __name__ == "__main__":
 
     from infsub import main
 
-    for name in ("infsub.train", "orbax.checkpoint", "tensorboardX", "PIL.Image"):
+    for name in (
+        "infsub.evaluate",
+        "infsub.train",
+        "orbax.checkpoint",
+        "tensorboardX",
+        "PIL.Image",
+    ):
         importlib.import_module(name)  # all that a child will need; no threads yet
 
     for line in sys.stdin:

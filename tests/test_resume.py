@@ -2,58 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from forks import Command, commands
 
 from infsub import checkpoints, records
 
 HERE = Path(__file__).parent
 FILES = ("metrics.jsonl", "metrics.csv", "summary.json", "samples.png", "reconstructions.png")
 
-Command = Callable[..., dict[str, Any]]
-
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
     """command(workdir, *arguments, kill=…) trains the tiny config: {"code": …, "log": …}."""
-    folder = tmp_path_factory.mktemp("forks")
-    variables = {
-        "JAX_COMPILATION_CACHE_DIR": str(folder),
-        "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_COMPILATION_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-        "OPENBLAS_NUM_THREADS": "1",
-    }
-    server = subprocess.Popen(
-        [sys.executable, str(HERE / "forks.py")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | variables,
-    )
+    with commands(tmp_path_factory.mktemp("forks")) as command:
 
-    def run(workdir: Path, *arguments: str, kill: dict[str, Any] | None = None) -> dict[str, Any]:
-        argv = ["--mode=train", f"--config={HERE / 'tiny.py'}", f"--workdir={workdir}", *arguments]
-        request = {"argv": argv, "log": str(folder / "log"), "kill": kill}
-        assert server.stdin is not None
-        assert server.stdout is not None
-        server.stdin.write(json.dumps(request) + "\n")
-        server.stdin.flush()
-        return json.loads(server.stdout.readline())
+        def train(workdir: Path, *arguments: str, **kill: Any) -> dict[str, Any]:
+            config = f"--config={HERE / 'tiny.py'}"
+            return command("--mode=train", config, f"--workdir={workdir}", *arguments, **kill)
 
-    yield run
-    server.communicate()
+        yield train
 
 
 @pytest.fixture(scope="module")

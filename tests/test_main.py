@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from forks import commands
+
+ROOT = Path(__file__).parent.parent
+QUICK = f"--config={ROOT / 'configs/quickstart.py'}"
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """command(*arguments) runs infsub.main in a process: (exit code, what it printed)."""
+    with commands(tmp_path_factory.mktemp("forks")) as command:
+
+        def run(*arguments):
+            answer = command(*arguments)
+            return answer["code"], answer["log"]
+
+        yield run
+
+
+BROKEN = {
+    "syntax.py": "x = (",
+    "import.py": "import nothere",
+    "empty.py": "x = 3",
+    "field.py": "from infsub.config import default\n"
+    "def get_config():\n    config = default()\n    config.train.epochs = 3\n    return config",
+    "bare.py": "from ml_collections import ConfigDict\n"
+    "def get_config():\n    return ConfigDict({'seed': 1})",
+}
+MISTAKES = {
+    "no workdir": ([QUICK], "--workdir is missing"),
+    "no config": (["W"], "holds no run .it has no config.json."),
+    "unknown flag": (["W", QUICK, "--confg=x"], "Unknown command line flag 'confg'"),
+    "unknown mode": (["W", QUICK, "--mode=test"], "value should be one of <run.train.evaluate"),
+    "no flag": (["W", QUICK, "train"], "'train' is no flag"),
+    "missing file": (["W", "--config=nothere.py"], "--config=nothere.py: there is no such file"),
+    "directory": (["W", "--config=."], "--config=.: there is no such file"),
+    "syntax": (["W", "syntax.py"], "syntax.py failed: SyntaxError.*line 1"),
+    "import": (["W", "import.py"], "import.py failed: ModuleNotFoundError: No module .*nothere"),
+    "empty": (["W", "empty.py"], "empty.py failed: .*no attribute 'get_config'"),
+    "field in file": (["W", "field.py"], 'field.py failed: .*Key "epochs" does not exist'),
+    "bare": (["W", "bare.py"], "the config has no field data.binarisation"),
+    "argument": (["W", f"{QUICK}:z=3"], "get_config.. takes 0 positional arguments"),
+    "field": (
+        ["W", QUICK, "--config.train.learning_rat=1"],
+        "there is no field config.train.learning_rat: did you mean config.train.learning_rate?",
+    ),
+    "float": (["W", QUICK, "--config.train.learning_rate=fast"], "could not convert .*'fast'"),
+    "integer": (["W", QUICK, "--config.train.num_epochs=1.5"], "invalid literal for int.*'1.5'"),
+    "choice": (["W", QUICK, "--config.train.objective=mle"], "'mle'; it must be one of elbo, iwae"),
+    "range": (["W", QUICK, "--config.train.batch_size=0"], "is 0; it must be at least 1"),
+    "too large": (["W", QUICK, "--config.train.batch_size=9999"], "more than the 4000 training im"),
+    "posterior": (["W", QUICK, "--config.model.posterior.name=iaf"], "must be one of gaussian, fu"),
+    "network": (["W", QUICK, "--config.model.encoder.activation=swish"], "must be one of elu"),
+    "data set": (["W", QUICK, "--config.data.name=imagenet"], "must be one of mnist5k"),
+    "no data": (
+        ["W", QUICK, "--config.data.name=mnist", "--config.data.dir=/nowhere"],
+        "mnist is not in /nowhere/mnist/3.0.1: prepare it with",
+    ),
+    "frozen": (["W", QUICK, "--config.train.freeze=decoder"], "give config.init_from=WORKDIR"),
+    "no source": (["W", QUICK, "--config.init_from=/nowhere"], "/nowhere holds no run"),
+    "unwritable": (["--workdir=/proc/run", QUICK], "--workdir=/proc/run cannot be written to"),
+    "override alone": (["W", "--config.seed=3"], "give --config=FILE.py too"),
+    "not trained": (["W", QUICK, "--mode=evaluate"], "holds no run"),
+    "not evaluated": (["W", "--mode=report"], "holds no run"),
+    "no status": (["W", "--mode=status"], "holds no run"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_clear_sentence_and_code_2(command, tmp_path, mistake):
+    arguments, expected = MISTAKES[mistake]
+    for i, argument in enumerate(arguments):
+        if argument in BROKEN:
+            (tmp_path / argument).write_text(BROKEN[argument])
+            arguments = [*arguments[:i], f"--config={tmp_path / argument}", *arguments[i + 1 :]]
+    workdir = tmp_path / "run"
+    arguments = [f"--workdir={workdir}" if a == "W" else a for a in arguments]
+    code, log = command(*arguments)
+    assert code == 2, log
+    lines = log.strip().splitlines()
+    assert len(lines) == 1, log
+    assert lines[0].startswith("infsub: ")
+    assert re.search(expected, lines[0]), log
+    assert not workdir.exists()
+
+
+def test_help_and_import_take_seconds():
+    start = time.monotonic()
+    shown = subprocess.run(
+        [sys.executable, "-m", "infsub.main", "--help"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert shown.returncode == 0
+    assert "--workdir" in shown.stdout
+    assert "python -m infsub.main --config=" in shown.stdout
+    assert time.monotonic() - start < 30  # a busy machine; on an idle one it is three
+
+
+TINY = ["--config.evaluate.per_class=0", "--config.evaluate.first=3"]
+TINY += ["--config.evaluate.elbo_samples=5", "--config.evaluate.iwae_samples=5"]
+TINY += ["--config.evaluate.ais.num_chains=2", "--config.evaluate.ais.num_temperatures=2"]
+TINY += ["--config.train.num_epochs=2"]
+
+
+def test_the_whole_way_and_again(command, tmp_path):
+    arguments = [f"--config={ROOT / 'tests/tiny.py'}", f"--workdir={tmp_path}", *TINY]
+    code, log = command(*arguments)
+    assert code == 0, log
+    names = set(os.listdir(tmp_path))
+    assert {"config.json", "metrics.jsonl", "metrics.csv", "rows.jsonl", "table.md"} <= names
+    assert {"table.csv", "gaps.png", "reconstructions.png", "samples.png", "tensorboard"} <= names
+    rows = (tmp_path / "rows.jsonl").read_bytes()
+    assert len(rows.splitlines()) == 3
+
+    code, log = command(*arguments)
+    assert code == 0, log
+    assert "is done" in log
+    assert (tmp_path / "rows.jsonl").read_bytes() == rows
+    code, log = command("--mode=report", f"--workdir={tmp_path}")  # the workdir's own config
+    assert code == 0, log
+
+    code, status = command("--mode=status", f"--workdir={tmp_path}")
+    assert code == 0
+    for text in ("mnist5k", "epoch 2 of 2", "test ELBO", "3 datapoints evaluated", "table.md"):
+        assert text in status
+    assert len(status.splitlines()) < 24
+
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    code, log = command(*arguments, "--config.seed=4")
+    assert code == 2
+    assert "seed is 0 there and 4 here" in log
+    assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
