@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import FrozenConfigDict
 
 from infsub import checkpoints, data, gaps, posteriors, records
 from infsub import config as configs
@@ -57,7 +59,7 @@ def evaluate(config: configs.Config, workdir: Path) -> list[int]:
     block_size = -(-len(indices) // -(-len(indices) // block_size))  # blocks of equal size
 
     chunk_size = max(1, rows_per_block // block_size)
-    point = partial(bounds_of_datapoint, vae=vae, settings=settings, chunk_size=chunk_size)
+    point = _bound(bounds_of_datapoint, vae, settings, chunk_size=chunk_size)
 
     def images(block: np.ndarray) -> np.ndarray:
         return np.asarray(data.batch(split.images, jnp.asarray(block), key_images))
@@ -72,7 +74,7 @@ def evaluate(config: configs.Config, workdir: Path) -> list[int]:
     rows = _write_rows(folder / "rows.jsonl", "evaluating", indices, block_size, evaluated)
     if settings.bdmc.num_points:
         simulated = np.arange(settings.bdmc.num_points)
-        certified = partial(certify_datapoint, vae=vae, settings=settings)
+        certified = _bound(certify_datapoint, vae, settings)
 
         def bounded(block: np.ndarray) -> dict[str, Any]:
             return map_datapoints(
@@ -86,6 +88,16 @@ def evaluate(config: configs.Config, workdir: Path) -> list[int]:
 
 def _finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
+
+
+def _bound(function: Callable[..., Any], vae: VAE, settings: Any, **options: int) -> Any:
+    """`function` with its static arguments; the same object for equal ones, so it compiles once."""
+    return _cached_bound(function, vae, FrozenConfigDict(settings), tuple(options.items()))
+
+
+@functools.cache
+def _cached_bound(function: Any, vae: VAE, settings: Any, options: tuple[Any, ...]) -> Any:
+    return partial(function, vae=vae, settings=settings, **dict(options))
 
 
 def choose(split: data.Split, settings: Any) -> np.ndarray:

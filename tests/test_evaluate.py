@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import tiny
 
-from infsub import data, evaluate, main, records
 from infsub import config as configs
+from infsub import data, evaluate, main, records
 from infsub.train import train
 from infsub.types import Target, UserError
 
