@@ -61,9 +61,9 @@ def test_killed_many_times_it_ends_bit_identical(
     moments = random.Random(0)
     progress, writing = str(tmp_path / "progress.json"), "checkpoints/*.orbax-checkpoint-tmp*"
     kills = [{"seconds": moments.uniform(0, 2)} for _ in range(2)]  # while it starts
-    kills += [{"seconds": moments.uniform(0, 0.3), "glob": progress} for _ in range(9)]
+    kills += [{"seconds": moments.uniform(0, 0.3), "glob": progress} for _ in range(8)]
     kills += [
-        {"seconds": moments.uniform(0, 0.02), "glob": str(tmp_path / writing)} for _ in range(5)
+        {"seconds": moments.uniform(0, 0.02), "glob": str(tmp_path / writing)} for _ in range(4)
     ]
     moments.shuffle(kills)
     num_killed = num_torn = num_continued = 0
@@ -76,8 +76,8 @@ def test_killed_many_times_it_ends_bit_identical(
     assert result["code"] == 0, result["log"]
     assert_same(tmp_path, whole)
     # The test tested something.
-    assert num_killed >= 12
-    assert num_continued >= 8
+    assert num_killed >= 10
+    assert num_continued >= 7
     assert num_torn >= 1
 
 
@@ -124,7 +124,7 @@ def test_a_stop_request_saves_and_exits(
 
 
 def test_seeds_are_resumed_together(command: Command, tmp_path: Path) -> None:
-    arguments = ["--config.train.num_seeds=2"]
+    arguments = ["--config.train.num_seeds=2", "--config.train.num_epochs=3"]
     assert command(tmp_path / "whole", *arguments)["code"] == 0
     kill = {"signal": signal.SIGKILL, "seconds": 0.2, "glob": str(tmp_path / "run/progress.json")}
     assert command(tmp_path / "run", *arguments, kill=kill)["code"] == -signal.SIGKILL
