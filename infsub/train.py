@@ -27,6 +27,7 @@ from infsub.train_step import (
     initial,
     make_task,
     pictures,
+    replicated,
     train_chunk,
     validate,
 )
@@ -253,6 +254,9 @@ class Run:
                 self.states = TrainState(**lanes)
                 records.say(f"continuing from step {step} of {self.total}.")
                 break
+        self.keys, self.states, self.images = replicated(
+            self.task, (self.keys, self.states, self.dataset.train.images)
+        )
         for member in members:
             member.resume(self.step)
 
@@ -276,14 +280,14 @@ class Run:
     def loop(self) -> None:
         """Trains until all members have ended, or a signal comes."""
         bar = records.Progress(self.total, "train", done=self.step)
-        images, chunk, saved = self.dataset.train.images, 8, time.monotonic()
+        chunk, saved = 8, time.monotonic()
         with StopRequests() as stop:
             self._end_members()
             while self.active and not stop.signal_number:
                 begin, start = self.step, time.monotonic()
                 self.step = min(begin + chunk, self._boundary(begin))
                 self.states, rows = train_chunk(
-                    self.task, self.keys, self.states, images, begin, self.step
+                    self.task, self.keys, self.states, self.images, begin, self.step
                 )
                 rows = jax.device_get(rows)
                 seconds = time.monotonic() - start

@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from infsub import data, posteriors
+from infsub import bounds, data, posteriors
 from infsub.types import Array, Key
 from infsub.vae import VAE, Terms, Variables
 
@@ -64,11 +66,13 @@ class Task(NamedTuple):
       vae: the model.
       train: what a step does.
       num_train: N.
+      mesh: of the devices that share each batch; None: one device.
     """
 
     vae: VAE
     train: StepConfig
     num_train: int
+    mesh: Mesh | None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -77,9 +81,21 @@ class Task(NamedTuple):
 
 
 def make_task(vae: VAE, train: Any, num_train: int) -> Task:
-    """The task of `config.train` on N datapoints; equal ones compile once."""
+    """The task of `config.train` on N datapoints, on all devices; equal ones compile once."""
     fields = {name: train[name] for name in StepConfig._fields}
-    return Task(vae, StepConfig(**fields), num_train)
+    num_devices = math.gcd(jax.device_count(), train.batch_size)
+    mesh = None
+    if num_devices > 1:
+        devices = jax.devices()[:num_devices]
+        mesh = jax.make_mesh(
+            (num_devices,), ("batch",), axis_types=(AxisType.Auto,), devices=devices
+        )
+    return Task(vae, StepConfig(**fields), num_train, mesh)
+
+
+def replicated(task: Task, tree: Any) -> Any:
+    """The arrays on all devices of the task, as `train_chunk` leaves its states."""
+    return tree if task.mesh is None else jax.device_put(tree, NamedSharding(task.mesh, P()))
 
 
 def learning_rate(train: StepConfig, steps_per_epoch: int, step: Array) -> Array:
@@ -116,7 +132,7 @@ def objective(train: StepConfig, terms: Terms, weight: Array) -> Array:
     prior_weight = weight if train.annealing == "kl" else 1.0
     values = terms.log_likelihood + prior_weight * terms.log_prior - weight * terms.log_q
     if train.objective == "iwae":
-        return jax.nn.logsumexp(values) - math.log(train.num_samples)
+        return bounds.log_mean_exp(values).log_px
     return jnp.mean(values)
 
 
@@ -191,6 +207,8 @@ def train_step(
     epoch, position = step // per_epoch, step % per_epoch
     batch_size = train.batch_size
     indices = jax.lax.dynamic_slice(permutation, (position * batch_size,), (batch_size,))
+    if task.mesh is not None:  # the rest follows: each device takes its datapoints
+        indices = jax.lax.with_sharding_constraint(indices, NamedSharding(task.mesh, P("batch")))
     x = data.batch(images, indices, jax.random.fold_in(jax.random.fold_in(key, 1), epoch))
     keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, 2), step), batch_size)
     weight = annealing_weight(train, per_epoch, step)
@@ -265,7 +283,11 @@ def train_chunk(
         first, last = start // per_epoch, (stop - 1) // per_epoch + 1
         return jax.lax.fori_loop(first, last, run_epoch, (state, rows))
 
-    return jax.vmap(of_one_model)(keys, states)
+    states, rows = jax.vmap(of_one_model)(keys, states)
+    if task.mesh is not None:
+        whole = NamedSharding(task.mesh, P())
+        states, rows = jax.lax.with_sharding_constraint((states, rows), whole)
+    return states, rows
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -295,7 +317,7 @@ def validate(
             log_weights = terms.log_likelihood + terms.log_prior - terms.log_q
             values = {
                 "elbo": jnp.mean(log_weights),
-                "iwae": jax.nn.logsumexp(log_weights) - math.log(num_samples),
+                "iwae": bounds.log_mean_exp(log_weights).log_px,
                 "log_likelihood": jnp.mean(terms.log_likelihood),
                 "kl": jnp.mean(terms.log_q - terms.log_prior),
             }

@@ -4,6 +4,8 @@ import logging
 import math
 import os
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -311,6 +313,37 @@ def test_seeds_together_are_the_runs_of_their_own(source, tmp_path):
     assert runs[0]["identity"] == runs[1]["identity"]
     with pytest.raises(UserError, match=r"holds 2 runs: give one, such as .*seed_0"):
         checkpoints.load_variables(tmp_path)
+
+
+TWO_DEVICES = """
+import jax, numpy as np, tiny
+jax.config.update("jax_disable_most_optimizations", True)
+from infsub import data, train_step as steps, vae
+config, digits = tiny.get_config(), data.load("mnist5k")
+task = steps.make_task(vae.make_vae(config.model, (28, 28, 1), 2), config.train, 4000)
+assert task.mesh.size == 2, task.mesh
+found = []
+for task in (task, task._replace(mesh=None)):
+    keys, _, variables = steps.initial(task, np.array([0, 1]))
+    states = steps.init_states(task, variables)
+    arguments = steps.replicated(task, (keys, states, digits.train.images))
+    text = steps.train_chunk.lower(task, *arguments, 0, 20).compile().as_text()
+    assert ("f32[2,125,784]" in text) == (task.mesh is not None)  # half a batch of 250 each
+    found.append(steps.train_chunk(task, *arguments, 0, 20))
+jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-4), *found)
+"""
+
+
+def test_devices_share_each_batch_and_reach_the_same_numbers():
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    folder = os.path.dirname(tiny.__file__)
+    result = subprocess.run(
+        [sys.executable, "-c", TWO_DEVICES],
+        env=os.environ | flags | {"PYTHONPATH": folder},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
 
 
 def plain_loop(images, test_images, epochs):
