@@ -166,8 +166,8 @@ class Progress:
     ) -> None:
         self.total, self.done, self.seconds_left = total, done, float("nan")
         self._label, self._unit, self._seconds = label, unit, seconds
-        self._first, self._start = done, time.monotonic()
-        self._last_line = self._start
+        self._since: tuple[int, float] | None = None  # the first update: before, jax compiles
+        self._last_line = time.monotonic()
         self._bar = (
             tqdm(total=total, initial=done, desc=label, unit=unit, dynamic_ncols=True)
             if sys.stderr.isatty()
@@ -176,17 +176,17 @@ class Progress:
 
     def update(self, done: int, note: str = "") -> None:
         """Shows that `done` units of work are done in all; `note` is put beside."""
-        now = time.monotonic()
-        self.done = done
-        if done > self._first:
-            rate = (now - self._start) / (done - self._first)
-            self.seconds_left = rate * (self.total - done)
+        now, self.done = time.monotonic(), done
+        first, start = self._since = self._since or (done, now)
+        if done > first:
+            self.seconds_left = (now - start) / (done - first) * (self.total - done)
         if self._bar is not None:
             self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(done - self._bar.n)
         elif now - self._last_line >= self._seconds or done == self.total:
             self._last_line = now
-            left = "" if done == self.total else f", {duration(self.seconds_left)} left"
+            known = done < self.total and np.isfinite(self.seconds_left)
+            left = f", {duration(self.seconds_left)} left" if known else ""
             line = f"{self._label}: {done}/{self.total} {self._unit}s{left}"
             print(f"{line}  {note}".rstrip(), file=sys.stderr, flush=True)
 
