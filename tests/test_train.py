@@ -276,6 +276,21 @@ def test_frozen_parts_stay_bit_for_bit_and_have_no_optimizer_state(source, tmp_p
         assert leaves(after["encoder"]) == leaves(fresh["encoder"])
 
 
+def test_frozen_batch_norm_keeps_its_statistics(digits):
+    model = tiny.get_config().model
+    model.encoder.kind = model.decoder.kind = "conv"
+    model.encoder.hidden, model.decoder.hidden = (2, 3), (3, 2)
+    task, keys, states = start(tiny_config(batch_size=20, freeze="decoder").train, model)
+    before = jax.tree.map(np.array, states.variables)
+    states, rows = train_step.train_chunk(task, keys, states, digits.train.images, 0, 2)
+    after = states.variables
+    assert leaves(after["decoder"]) == leaves(before["decoder"])
+    for name in ("params", "batch_stats"):
+        pairs = zip(leaves(before["encoder"][name]), leaves(after["encoder"][name]), strict=True)
+        assert all(a != b for a, b in pairs)
+    assert rows["count"][0, 0] == 2
+
+
 def test_weights_that_do_not_fit_say_which_fields_differ(source, tmp_path):
     warm = tiny_config()
     warm.init_from, warm.model.decoder.hidden = str(source), (9,)
