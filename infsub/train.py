@@ -29,6 +29,7 @@ from infsub.train_step import (
     pictures,
     replicated,
     train_chunk,
+    unpacked,
     validate,
 )
 from infsub.types import Array, UserError
@@ -255,7 +256,7 @@ class Run:
                 records.say(f"continuing from step {step} of {self.total}.")
                 break
         self.keys, self.states, self.images = replicated(
-            self.task, (self.keys, self.states, self.dataset.train.images)
+            self.task, (self.keys, self.states, unpacked(self.dataset.train.images))
         )
         for member in members:
             member.resume(self.step)

@@ -98,6 +98,18 @@ def replicated(task: Task, tree: Any) -> Any:
     return tree if task.mesh is None else jax.device_put(tree, NamedSharding(task.mesh, P()))
 
 
+def unpacked(images: data.Images) -> data.Images:
+    """The same images, a byte a pixel and not a bit.
+
+    Inside a step the unpacking would be fused into the likelihood and keep it from vector
+    instructions: a quarter of the step's time on a CPU.
+    """
+    if images.coding != "bits":
+        return images
+    bits = jnp.unpackbits(images.values, axis=1, count=math.prod(images.image_shape))
+    return data.Images(bits.reshape(-1, *images.image_shape), "levels", images.image_shape)
+
+
 def learning_rate(train: StepConfig, steps_per_epoch: int, step: Array) -> Array:
     """The learning rate of a step, step [] -> [].
 

@@ -49,6 +49,13 @@ def digits():
     return data.load("mnist5k")
 
 
+def test_unpacked_images_are_the_same(digits):
+    bits, bytes_ = digits.train.images, train_step.unpacked(digits.train.images)
+    assert bits.coding == "bits"
+    some = jnp.array([3999, 0, 17])
+    np.testing.assert_array_equal(data.batch(bits, some), data.batch(bytes_, some))
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """The workdir of a trained run."""

@@ -79,7 +79,7 @@ def pytorch(x: np.ndarray) -> Any:
 def main() -> None:
     """Prints milliseconds for STEPS steps of each, steps a second, and our share of the peak."""
     train = data.load("mnist5k").train
-    loops = {"infsub": ours(train.images, train.size)}
+    loops = {"infsub": ours(train_step.unpacked(train.images), train.size)}
     try:
         x = np.asarray(data.batch(train.images, jnp.arange(train.size)))
         loops["PyTorch loop"] = pytorch(x.reshape(train.size, -1))
