@@ -2,11 +2,9 @@
 
   python -m infsub.main --config=configs/quickstart.py --workdir=runs/quickstart
 
-trains the config's model, evaluates its bounds datapoint by datapoint and reports the gaps. The same
-command again continues where it was stopped. Any field of infsub/config.py is a flag, such as
---config.train.learning_rate=1e-4. --mode does one part alone; then, without --config, the workdir's
-own config serves. --mode=status says what a run has done and when it will be done.
-
+trains the config's model, evaluates its bounds datapoint by datapoint and reports the gaps; again,
+it continues where it was stopped. Any field of infsub/config.py is a flag: --config.seed=1. --mode
+does one part alone, by the workdir's own config if there is no --config; status says what is done.
 Exit codes: 0 done, 1 failed, 2 a mistake in the command, 130 Ctrl-C and 143 SIGTERM (saved).
 """
 
@@ -46,21 +44,18 @@ def parse(argv: list[str]) -> list[str]:
 
 def main(_: list[str]) -> int:
     """Does what --mode says; the exit code."""
+    workdir = Path(WORKDIR.value)
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
-    workdir = Path(WORKDIR.value)
     try:
         if MODE.value == "status":
             print(records.status(workdir))
         else:
             config = CONFIG.value or configs.from_json(records.read_run(workdir)["config"])
             run(MODE.value, configs.resolve(config), workdir)
-    except (UserError, records.Stopped) as error:
-        records.say(str(error))
-        return getattr(error, "exit_code", 2)
-    except KeyboardInterrupt:
-        records.say("stopped; the same command continues.")
-        return 130
+    except (UserError, records.Stopped, KeyboardInterrupt) as error:
+        records.say(str(error) or "stopped; the same command continues.")
+        return getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 2)
     return 0
 
 
