@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.tree_util import Partial
 
-from infsub import densities, posteriors
+from infsub import densities, local, posteriors
 from infsub.local import optimize_local
 from infsub.types import Gaussian, Posterior, Target
 
@@ -130,16 +130,17 @@ def test_never_worse_than_the_start(xs, best, gap, rule):
     np.testing.assert_array_equal(found.num_steps, 200)  # whole windows
 
 
-def test_final_elbo_is_from_fresh_samples(xs, zeros, log_px):
+def test_final_elbo_is_from_fresh_samples(xs, zeros, log_px, monkeypatch):
     """It estimates the returned parameters' ELBO without the bias of having chosen them."""
-    rule = {"num_samples": 1, "max_steps": 200, "learning_rate": 0.1, "num_final_samples": 100}
-    xs, log_px = jnp.tile(xs, (20, 1)), jnp.tile(log_px, 20)
-    zeros = jax.tree.map(lambda a: jnp.tile(a, (20, 1)), zeros)
-    found = optimizer("gaussian", **rule)(keys_for(6, xs), xs, zeros)
-    truth = log_px - divergences(xs, found.params)
-    scores = (found.elbo.log_px - truth) / found.elbo.standard_error
-    assert np.all(np.abs(scores) < 5)
-    assert abs(np.mean(scores)) < 4 / np.sqrt(len(xs))
+    # Many candidates that differ much: what suits 5 judging samples best suits no others so well.
+    monkeypatch.setattr(local, "_NUM_JUDGED", 5)
+    rule = {"num_samples": 1, "learning_rate": 0.3, "decay": 1.0, "window": 4, "patience": 25}
+    xs, log_px = jnp.tile(xs, (50, 1)), jnp.tile(log_px, 50)
+    zeros = jax.tree.map(lambda a: jnp.tile(a, (50, 1)), zeros)
+    found = optimizer("gaussian", num_final_samples=5, **rule)(keys_for(6, xs), xs, zeros)
+    errors = found.elbo.log_px - (log_px - divergences(xs, found.params))
+    scores = np.mean(errors) / np.std(errors) * np.sqrt(len(xs))
+    assert abs(scores) < 4
 
 
 @each_rule
@@ -149,7 +150,7 @@ def test_non_finite_likelihoods(rule):
     def optimize(key, threshold):
         def log_likelihood(z):
             ordinary = densities.normal(z, jnp.full(1, -2.0), jnp.ones(1))
-            return jnp.where(z[0] > threshold, jnp.nan, ordinary)
+            return ordinary + jnp.where(z[0] > threshold, jnp.nan, 0) * z[0]
 
         target = Target(None, log_likelihood, 1)
         return optimize_local(key, target, posteriors.gaussian(1), rule=rule, max_steps=2000)
