@@ -235,6 +235,12 @@ def resolve(config: Config) -> Config:
     return config.lock()
 
 
+def config_first(argv: list[str]) -> list[str]:
+    """`argv` itself, put into the order config_flags insists on: --config before its overrides."""
+    argv.sort(key=lambda argument: argument.startswith("--config.") and "=" in argument)
+    return argv
+
+
 def explain(argv: list[str], error: Exception) -> str:
     """One sentence for a mistake on the command line, or in the config file it names."""
     if isinstance(error, UserError):

@@ -29,7 +29,7 @@ MODE = flags.DEFINE_enum("mode", "run", MODES, "run is train, evaluate and repor
 def parse(argv: list[str]) -> list[str]:
     """absl's flags; any mistake in them ends the program with one sentence and code 2."""
     try:
-        if rest := flags.FLAGS(argv)[1:]:
+        if rest := flags.FLAGS(configs.config_first(argv))[1:]:
             raise UserError(f"{rest[0]!r} is no flag; flags start with --.")
         if not WORKDIR.value:
             raise UserError("--workdir is missing: give a directory, such as --workdir=runs/first.")

@@ -111,7 +111,7 @@ TINY += ["--config.train.num_epochs=2"]
 
 
 def test_the_whole_way_and_again(command, tmp_path):
-    arguments = [f"--config={ROOT / 'tests/tiny.py'}", f"--workdir={tmp_path}", *TINY]
+    arguments = [*TINY, f"--config={ROOT / 'tests/tiny.py'}", f"--workdir={tmp_path}"]
     code, log = command(*arguments)
     assert code == 0, log
     names = set(os.listdir(tmp_path))
