@@ -1,9 +1,10 @@
 """Runs the command again and again without importing jax anew: reads a request a line, forks, answers.
 
 The children are real processes, each with a jax runtime of its own, for none is started here.
-Request: {"argv": […], "log": FILE, "kill": {"signal": n, "seconds": s, "glob": pattern}}: the signal
-is sent s seconds after the start or, given a pattern, after a path of it is written to. Answer:
-{"code": exit code, or minus the signal that ended it, "log": what it printed}.
+Request: {"argv": […], "log": FILE, "kill": {"signal": n, "seconds": s, "glob": pattern, "lines": k}}:
+the signal is sent s seconds after the start or, given a pattern, after a path of it is written to
+and has k lines or more. Answer: {"code": exit code, or minus the signal that ended it, "log": what
+it printed}.
 """
 
 from __future__ import annotations
@@ -73,12 +74,12 @@ def child(request: dict[str, Any]) -> int:
     return 0
 
 
-def written_since(pattern: str, start: float) -> bool:
-    """Whether a path that matches was written to after `start`."""
-    for path in glob.glob(pattern):
+def written_since(pattern: str, start: float, lines: int = 0) -> bool:
+    """Whether a path that matches was written to after `start`, and has as many lines."""
+    for path in map(Path, glob.glob(pattern)):
         try:
-            if os.stat(path).st_mtime > start:
-                return True
+            if path.stat().st_mtime > start:
+                return not lines or path.read_bytes().count(b"\n") >= lines
         except FileNotFoundError:  # renamed meanwhile
             return True
     return False
@@ -97,7 +98,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         if done:
             code = os.waitstatus_to_exitcode(status)
             return {"code": code, "log": Path(request["log"]).read_text()}
-        if due == float("inf") and "glob" in kill and written_since(kill["glob"], start):
+        waiting = due == float("inf") and "glob" in kill
+        if waiting and written_since(kill["glob"], start, kill.get("lines", 0)):
             due = time.time() + kill["seconds"]
         if time.time() >= due:
             os.kill(pid, kill["signal"])

@@ -256,6 +256,16 @@ def test_best_checkpoint_is_that_of_the_best_validation_epoch(tmp_path):
         last["decoder"]["params"]["Dense_0"]["kernel"]
         != found["decoder"]["params"]["Dense_0"]["kernel"]
     )
+
+    # Interrupted after its best epoch, it still knows which that was.
+    rows = (tmp_path / "metrics.jsonl").read_bytes()
+    (tmp_path / "summary.json").unlink()
+    shutil.rmtree(tmp_path / "checkpoints" / f"{6 * 16:08d}")
+    train(rough, tmp_path)
+    again, step = checkpoints.load_variables(tmp_path)
+    assert step == best * 16
+    assert leaves(again) == leaves(found)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == rows
     with pytest.raises(UserError, match=r"has no checkpoint epoch_7; it has epoch_1, epoch_2"):
         checkpoints.load_variables(tmp_path, "epoch_7")
 

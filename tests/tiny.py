@@ -12,7 +12,7 @@ def get_config() -> Config:
     config.model.encoder.hidden = (8,)
     config.model.decoder.hidden = (8,)
     train = config.train
-    train.num_epochs, train.batch_size = 8, 250
+    train.num_epochs, train.batch_size = 12, 250
     train.annealing, train.annealing_epochs = "entropy", 3
     train.schedule, train.gradient_clip = "cosine", 100.0
     train.picture_every, train.validation_samples = 5, 2
