@@ -86,7 +86,7 @@ def optimize_local(
     num_final_samples: int = 5000,
     **changes: Any,
 ) -> LocalResult:
-    """max_λ E_{q_λ}[log p(x, z) − log q_λ(z)] for one datapoint (Cremer et al. 2018, sec. 5.2).
+    """max_λ E_{q_λ}[log p(x, z) − log q_λ(z)] for one datapoint (Cremer et al. 2018, arXiv 1801.03558).
 
     Args:
       key: of this datapoint.
