@@ -359,9 +359,10 @@ for task in (task, task._replace(mesh=None)):
     keys, _, variables = steps.initial(task, np.array([0, 1]))
     states = steps.init_states(task, variables)
     arguments = steps.replicated(task, (keys, states, digits.train.images))
-    text = steps.train_chunk.lower(task, *arguments, 0, 20).compile().as_text()
-    assert ("f32[2,125,784]" in text) == (task.mesh is not None)  # half a batch of 250 each
-    found.append(steps.train_chunk(task, *arguments, 0, 20))
+    chunk = steps.train_chunk.lower(task, *arguments, 0, 20).compile()
+    # Half a batch of 250 each.
+    assert ("f32[2,125,784]" in chunk.as_text()) == (task.mesh is not None)
+    found.append(chunk(*arguments, 0, 20))
 jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-4), *found)
 """
 
