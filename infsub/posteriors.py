@@ -157,7 +157,8 @@ def full_gaussian(latent_dim: int) -> Posterior:
     Raises ValueError when latent_dim is not a positive integer.
     """
     _check(latent_dim=latent_dim)
-    below = np.tril_indices(latent_dim, -1)
+    # int32 with and without x64: jax caches index arithmetic by the type it met first.
+    below = tuple(rows.astype(np.int32) for rows in np.tril_indices(latent_dim, -1))
 
     def init(key: Key) -> Params:
         params = _init(latent_dim)
