@@ -191,7 +191,7 @@ def _tail_size(num_samples: int) -> int:
 def pareto_k(tail: Array) -> Array:
     """Shape k of a generalised Pareto fitted to the largest weights, tail [M+1] descending -> [].
 
-    The smallest of the tail is the threshold the M others exceed; −inf where they equal it.
+    The smallest of the tail is the threshold the M others exceed; −inf where most equal it.
     Zhang & Stephens' (2009) estimator with the prior of Vehtari et al. 2024, arXiv 1507.02646, app. G.
     """
     size = tail.size - 1
@@ -206,4 +206,4 @@ def pareto_k(tail: Array) -> Array:
     theta = jnp.sum(jax.nn.softmax(profile) * theta)
     shape = jnp.mean(jnp.log1p(-theta * excess))
     k = (shape * size + 0.5 * 10) / (size + 10)
-    return jnp.where(excess[-1] > 0, k, -jnp.inf)
+    return jnp.where(quartile == 0, -jnp.inf, k)  # equal to rounding: nothing to fit

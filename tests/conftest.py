@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import jax
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,3 +20,11 @@ def shared_dir() -> Path:
             pytest.fail("CI must have ../shared: its tests are not to be skipped there")
         pytest.skip("needs ../shared, the folder of real data and oracles")
     return shared
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For modules whose time goes into compiling, not computing: XLA optimises little."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

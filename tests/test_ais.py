@@ -15,6 +15,8 @@ import infsub
 from infsub import schedules
 from infsub.types import Gaussian, Target
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def wrong(q, shift=0.2, width=1.15):
     return Gaussian(q.mean + shift * q.scale, width * q.scale)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,12 +14,7 @@ from infsub import data, evaluate, main, records
 from infsub.train import train
 from infsub.types import Target, UserError
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def small(**fields):
