@@ -7,7 +7,10 @@ quickstart: .venv/plots.done  ## train, evaluate and report on real digits
 	$(RUN) -m infsub.main --config=configs/quickstart.py --workdir=$(WORKDIR)
 
 test: .venv/dev.done  ## the tests
-	$(RUN) -m pytest -n 2
+	$(RUN) -m pytest -n 2 -m 'not slow'
+
+test-slow: .venv/dev.done  ## the tests that take minutes; CI runs both
+	$(RUN) -m pytest -n 2 -m slow
 
 lint: .venv/dev.done  ## formatting, lint, types
 	$(RUN) -m ruff format --check .
@@ -38,4 +41,4 @@ wheel: .venv/bin/uv  ## build the wheel, install it alone, and import it
 clean:  ## everything that can be made again, except runs/
 	rm -rf .venv dist .pytest_cache .ruff_cache
 
-.PHONY: quickstart test lint bench wheel clean
+.PHONY: quickstart test test-slow lint bench wheel clean

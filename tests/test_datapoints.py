@@ -30,7 +30,7 @@ def whole():
     return infsub.map_datapoints(point, jax.random.key(1), XS, MODEL, block_size=23)
 
 
-@pytest.mark.parametrize("block_size", [1, 5, 22, 1000, None])
+@pytest.mark.parametrize("block_size", [1, 5, 1000])
 def test_blocks_do_not_change_results(whole, block_size):
     blocks = infsub.map_datapoints(point, jax.random.key(1), XS, MODEL, block_size=block_size)
     assert blocks.log_px.shape == (23,)

@@ -97,6 +97,7 @@ def test_full_gaussian_reaches_log_px(xs, zeros, log_px):
     assert_estimates(found.iwae, log_px, slack=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", posteriors.NAMES[1:])
 def test_richer_families_are_no_worse(xs, best, log_px, gap, name):
     """From FFG's optimum each richer family ends no lower, and not above log p(x)."""
@@ -250,6 +251,7 @@ def test_gaussian_on_the_published_model(gaussian_digits):
     assert np.all(found.elbo.log_px < found.iwae.log_px)
 
 
+@pytest.mark.slow
 def test_auxiliary_flow_on_the_published_model(shared_dir, gaussian_digits):
     """q_AF closes most of FFG's approximation gap, and stays below the IWAE."""
     digits = slice(None, None, 50)

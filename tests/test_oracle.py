@@ -65,6 +65,7 @@ def test_ais_from_the_encoder(oracle):
     assert estimate.ess.min() > 4
 
 
+@pytest.mark.slow
 def test_the_authors_preset_is_as_loose_as_the_peers(oracle):
     params, xs = oracle
 
@@ -83,6 +84,7 @@ def simulate(key, params):
     return z, oracle_target(params, x), oracle_encoder(params, x)
 
 
+@pytest.mark.slow
 def test_certificate(oracle):
     """BDMC on points that the oracle simulates: the mean gap, and both bounds in order."""
     params, _ = oracle

@@ -56,6 +56,7 @@ def assert_same(workdir: Path, whole: Path) -> None:
     assert [name for name in one if one[name] != other[name]] == []
 
 
+@pytest.mark.slow
 def test_killed_many_times_it_ends_bit_identical(
     command: Command, whole: Path, tmp_path: Path
 ) -> None:
@@ -128,6 +129,7 @@ def test_a_stop_request_saves_and_exits(
     assert_same(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_seeds_are_resumed_together(command: Command, tmp_path: Path) -> None:
     arguments = ["--config.train.num_seeds=2", "--config.train.num_epochs=3"]
     assert command(tmp_path / "whole", *arguments)["code"] == 0

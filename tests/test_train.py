@@ -419,6 +419,7 @@ def plain_loop(images, test_images, epochs):
     return np.mean(found, axis=0)
 
 
+@pytest.mark.slow
 def test_a_plain_loop_reaches_the_same_bound(request, tmp_path):
     """On embedded digits; INFSUB_EPOCHS=20 does it on binarized_mnist, the number of the README."""
     epochs, ours = int(os.environ.get("INFSUB_EPOCHS", "0")), config.default()
