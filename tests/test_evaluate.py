@@ -85,6 +85,7 @@ def test_a_killed_evaluation_ends_with_the_same_numbers(trained, workdir, kept):
         assert records.read_rows(workdir / name) == records.read_rows(trained / name)
 
 
+@pytest.mark.slow
 def test_other_settings_do_not_mix(workdir):
     before = (workdir / "rows.jsonl").read_bytes()
     with pytest.raises(UserError, match=r"iwae_samples is 50 there and 60 here.*evaluate\.name"):

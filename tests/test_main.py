@@ -110,6 +110,7 @@ TINY += ["--config.evaluate.ais.num_chains=2", "--config.evaluate.ais.num_temper
 TINY += ["--config.train.num_epochs=2"]
 
 
+@pytest.mark.slow
 def test_the_whole_way_and_again(command, tmp_path):
     arguments = [*TINY, f"--config={ROOT / 'tests/tiny.py'}", f"--workdir={tmp_path}"]
     code, log = command(*arguments)
