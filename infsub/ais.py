@@ -107,6 +107,7 @@ class Tuner(NamedTuple):
 
 
 def frozen(step_sizes: Array) -> Tuner:
+    """The measuring run's: step sizes [T] given beforehand, which nothing changes."""
     return Tuner((), lambda _, t: step_sizes[t], lambda state, info, t: state)
 
 
@@ -186,6 +187,7 @@ def anneal(
 
 
 def start_chains(key: Key, base: Gaussian, num_chains: int) -> Array:
+    """K independent draws of the base, z [K, D]."""
     keys = jax.random.split(key, num_chains)
     return jax.vmap(lambda key: densities.sample_gaussian(key, base)[0])(keys)
 

@@ -141,9 +141,7 @@ def _claim(workdir: Path, settings: Any, run: dict[str, Any], step: int) -> Path
         )
     if settings.name:
         folder.mkdir(exist_ok=True)
-        run = run | {"config": run["config"] | {"evaluate": settings.to_dict()}}
-    else:
-        run["config"]["evaluate"] = settings.to_dict()
+    run |= {"config": run["config"] | {"evaluate": settings.to_dict()}}
     records.write_json(folder / "config.json", run)
     records.write_json(folder / "evaluation.json", used)
     return folder
