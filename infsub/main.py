@@ -17,13 +17,14 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from infsub import config as configs
-from infsub import records
+from infsub import experiments, records
 from infsub.types import UserError
 
 MODES = ["run", "train", "evaluate", "report", "status"]
 CONFIG = config_flags.DEFINE_config_file("config", None, "FILE.py, or FILE.py:name=value,… .")
 WORKDIR = flags.DEFINE_string("workdir", "", "Where everything is written.")
 MODE = flags.DEFINE_enum("mode", "run", MODES, "run is train, evaluate and report.")
+CELLS = flags.DEFINE_list("cells", [], "Of an experiment: run only these cells, NAME,NAME,… .")
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -49,7 +50,13 @@ def main(_: list[str]) -> int:
         logging.set_verbosity(logging.WARNING)
     try:
         if MODE.value == "status":
-            print(records.status(workdir))
+            print(experiments.status(workdir) or records.status(workdir))
+        elif "experiment" in (CONFIG.value or {}):
+            return run_experiment(MODE.value, CONFIG.value, workdir)
+        elif CELLS.value:
+            raise UserError(
+                "--cells is for experiments, such as --config=configs/paper/test_set.py."
+            )
         else:
             config = CONFIG.value or configs.from_json(records.read_run(workdir)["config"])
             run(MODE.value, configs.resolve(config), workdir)
@@ -73,6 +80,16 @@ def run(mode: str, config: configs.Config, workdir: Path) -> None:
             report.report(str(folder / config.evaluate.name))
     if failed:
         raise records.Stopped(f"{'; '.join(failed)}.", exit_code=1)
+
+
+def run_experiment(mode: str, config: configs.Config, workdir: Path) -> int:
+    """Runs an experiment's cells, or draws its table and figure anew; the exit code."""
+    overrides = list(config_flags.get_override_values(flags.FLAGS["config"]))
+    if mode == "report":
+        return experiments.redraw(config, workdir, overrides)
+    if mode != "run":
+        raise UserError(f"--mode={mode} is for one run; an experiment has run, report and status.")
+    return experiments.run(config, workdir, overrides, CELLS.value)
 
 
 if __name__ == "__main__":

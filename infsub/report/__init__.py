@@ -9,24 +9,29 @@ are on the same datapoints.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
 
 from infsub import records
 from infsub.report import tables
 from infsub.report.runs import Run, load_run
 from infsub.types import UserError
 
-__all__ = ["join", "report"]
+__all__ = ["experiment", "join", "report"]
 
 
-def report(workdir: str) -> None:
+def report(workdir: str, show: bool = True) -> None:
     """Writes table.md, .csv, .tex and gaps.png, .pdf of one run into its workdir; prints the table.
 
     Raises:
       UserError: there are no rows, or they cannot be read, or nothing can be written there.
     """
-    _write([load_run(workdir)], Path(workdir))
+    _write([load_run(workdir)], Path(workdir), show=show)
 
 
 def join(workdirs: Sequence[str], out: str) -> None:
@@ -46,34 +51,88 @@ def join(workdirs: Sequence[str], out: str) -> None:
     _write(runs, Path(out))
 
 
-def _write(runs: list[Run], out: Path) -> None:
+def experiment(
+    title: str, figure: Mapping[str, Any], evaluations: Mapping[str, Path], out: Path, show: bool
+) -> None:
+    """The table of an experiment's cells under its question, and the figure that answers it.
+
+    Args:
+      title: first line of table.md.
+      figure: its kind and that kind's arguments, see infsub.experiments.experiment.
+      evaluations: {cell: folder of its rows}.
+      out: folder to write into.
+      show: whether to print the table.
+
+    Raises:
+      UserError: as `report`.
+    """
+    runs = [load_run(str(folder), name) for name, folder in evaluations.items()]
+    _write(runs, out, title, figure, show)
+
+
+def _write(
+    runs: list[Run],
+    out: Path,
+    title: str = "",
+    figure: Mapping[str, Any] = MappingProxyType({"kind": "bars"}),
+    show: bool = True,
+) -> None:
+    table = tables.markdown(runs)
+    page = [f"# {title}", ""] if title else []
+    page += [*table, "", *tables.footer(runs), ""]
     try:
         out.mkdir(parents=True, exist_ok=True)
-        _write_files(runs, out)
+        records.write_bytes(out / "table.md", "\n".join(page).encode())
+        records.write_csv(out / "table.csv", tables.csv_rows(runs))
+        records.write_bytes(out / "table.tex", tables.latex(runs).encode())
+        drawn = [_draw(runs, out, dict(figure)), _draw_posteriors(out)]
     except OSError as error:
         raise UserError(f"{out} cannot be written to ({error.strerror}).") from error
-
-
-def _write_files(runs: list[Run], out: Path) -> None:
-    table = tables.markdown(runs)
-    page = "\n".join([*table, "", *tables.footer(runs), ""])
-    records.write_bytes(out / "table.md", page.encode())
-    records.write_csv(out / "table.csv", tables.csv_rows(runs))
-    records.write_bytes(out / "table.tex", tables.latex(runs).encode())
+    if not show:
+        return
     print("\n".join(table))
     for run in runs:
         for text in (*run.notes, *(flag.text for flag in run.flags)):
             print(f"{f'{run.name}: ' * (len(runs) > 1)}{text}")
-    written = "table.md, table.csv, table.tex"
-    if importlib.util.find_spec("matplotlib") is None:
-        print("No figure: matplotlib is not installed; pip install 'infsub[plots]' and run again.")
-    elif any("inference_gap" not in r.quantities or not r.families for r in runs):
-        print("No figure: it needs L[q], one L[q*] and IWAE or AIS of every run.")
-    else:
-        from infsub.report import figures  # matplotlib takes a second to import
-
-        figure = figures.gap_figure(runs)
-        for suffix in ("png", "pdf"):
-            records.write_bytes(out / f"gaps.{suffix}", figures.encode(figure, suffix))
-        written += ", gaps.png, gaps.pdf"
+    written = ", ".join(["table.md, table.csv, table.tex", *filter(None, drawn)])
     print(f"Wrote {written} in {out}; table.md lists the settings and the datapoints to look at.")
+
+
+def _draw(runs: list[Run], out: Path, figure: dict[str, Any]) -> str:
+    """Writes a figure as PNG and PDF; the names of the files, or a sentence why there are none."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return "no figure (matplotlib is not installed: pip install 'infsub[plots]')"
+    from infsub.report import curves, figures  # matplotlib takes a second to import
+
+    name = "gaps"
+    match figure.pop("kind"):
+        case "bars" if any("inference_gap" not in r.quantities or not r.families for r in runs):
+            return "no figure (it needs L[q], one L[q*] and IWAE or AIS of every run)"
+        case "bars":
+            drawn = figures.gap_figure(runs)
+        case "steps":
+            name, drawn = "curves", curves.step_figure(runs)
+        case _:
+            name, drawn = "curves", curves.curve_figure(runs, **figure)
+    for suffix in ("png", "pdf"):
+        records.write_bytes(out / f"{name}.{suffix}", figures.encode(drawn, suffix))
+    return f"{name}.png, {name}.pdf"
+
+
+def _draw_posteriors(folder: Path) -> str:
+    """Draws the folder's densities, where `evaluate.grid` has left some; the names of the files."""
+    path = folder / "posteriors.npz"
+    if importlib.util.find_spec("matplotlib") is None or not path.exists():
+        return ""
+    from infsub.report import figures, pictures
+
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            drawn = pictures.picture_figure(dict(arrays))
+    except (ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{path} is torn ({error}): remove it and evaluate the run again."
+        ) from error
+    for suffix in ("png", "pdf"):
+        records.write_bytes(folder / f"posteriors.{suffix}", figures.encode(drawn, suffix))
+    return "posteriors.png, posteriors.pdf"

@@ -74,7 +74,7 @@ def gap_figure(runs: Sequence[Run]) -> Figure:
         )
         if len(runs) == 1:
             _draw_datapoints(axes[1], runs[0])
-        figure.supxlabel(_footer(runs), fontsize=5, color="0.35", x=0.01, ha="left")
+        figure.supxlabel(footer(runs), fontsize=5, color="0.35", x=0.01, ha="left")
     return figure
 
 
@@ -176,7 +176,8 @@ def _draw_datapoints(axes: Axes, run: Run) -> None:
     axes.set_ylabel("nats lost")
 
 
-def _footer(runs: Sequence[Run]) -> str:
+def footer(runs: Sequence[Run]) -> str:
+    """What every figure says of its numbers."""
     counts = sorted({len(run.indices) for run in runs})
     seeds = sorted({str(run.settings.get("seed")) for run in runs})
     data = sorted(

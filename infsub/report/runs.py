@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,13 +30,17 @@ LINES = {
     "ais": ("AIS", "AIS"),
     "log_px": ("log p̂, max of each datapoint", r"$\log\hat p(x)$, max of each datapoint"),
     "log_px_max_of_means": ("log p̂, max of means", r"$\log\hat p(x)$, max of means"),
+    "grid": ("log p(x), grid", r"$\log p(x)$, grid"),
     "approximation_gap_{}": ("approximation gap {}", "approximation gap, {}"),
     "covariance_gap": ("covariance gap", "covariance gap"),
     "amortization_gap_{}": ("amortization gap {}", "amortization gap, {}"),
     "gain_{}": ("L[q*] {} − L[q]", r"$\mathcal{L}[q^*_{\mathrm{{}}}] - \mathcal{L}[q]$"),
     "inference_gap": ("inference gap", "inference gap"),
+    "certificate": ("BDMC gap of AIS, simulated data", "BDMC gap of AIS, simulated data"),
 }
-DIAGNOSTICS = ("_ess", "_pareto_k", "_converged")
+DIAGNOSTICS = ("_ess", "_pareto_k", "_converged", "_error")
+MAX_GRID_ERROR = 0.01  # nats
+AFTER = re.compile(r"after_(\d+)_(\w+)")  # a bound after so many steps of a family
 MIN_ESS = 4.0  # effective samples of one datapoint, unless config.report.min_ess
 MAX_PARETO_K = 0.7  # Vehtari et al. 2024, arXiv 1507.02646, unless config.report.max_pareto_k
 
@@ -74,6 +79,7 @@ class Run(NamedTuple):
     Attributes:
       indices: [N], dataset indices of the datapoints that all numbers are over.
       quantities: the table's lines by name.
+      curves: by family, (n, the nats that L[q*] has over the bound after n local steps).
       families: of local inference; the encoder's own first, where it was evaluated. Only the first
         has an amortization gap, for the others L[q*] − L[q] also holds what they gain over it.
       data: what the datapoints are of; only runs on the same data are compared.
@@ -85,6 +91,7 @@ class Run(NamedTuple):
     name: str
     indices: np.ndarray
     quantities: dict[str, Quantity]
+    curves: dict[str, list[tuple[int, Quantity]]]
     families: list[str]
     data: str
     settings: dict[str, Any]
@@ -107,8 +114,9 @@ def load_run(workdir: str, name: str = "") -> Run:
 
     keys = dict.fromkeys(key for row in rows for key in row)
     local = [k for k in keys if k.startswith("local_") and f"{k}_se" in keys and "_iwae" not in k]
-    wanted = [k for k in ("elbo", *local, "iwae", "ais", "log_px") if k in keys]
+    wanted = [k for k in ("elbo", *local, "iwae", "ais", "log_px", "grid") if k in keys]
     used = [k for k in keys if k in ("index", *wanted) or k.endswith(("_se", *DIAGNOSTICS))]
+    used += [k for k in keys if AFTER.fullmatch(k) and k not in used]
     columns = {key: _column(path, rows, key) for key in used}
     bounds = [k for k in wanted if np.isfinite(columns[k]).any()]
     failed = [k for k in wanted if k not in bounds]
@@ -131,22 +139,31 @@ def load_run(workdir: str, name: str = "") -> Run:
     families = [k.removeprefix("local_") for k in bounds if k in local]
     families.sort(key=lambda family: family != own)
     quantities, notes = _decompose(columns, families)
+    curves, curve_flags = _curves(columns, quantities)
     if families and own not in families:
         notes.append(
             f"The encoder's own family, {FAMILIES.get(own, own)}, was not optimised locally: the "
             f"amortization gap of {FAMILIES.get(families[0], families[0])} compares two families."
         )
-    certificate, certificate_flags = _certificate(folder / "bdmc.jsonl")
+    certificate, certificate_notes, certificate_flags = _certificate(folder / "bdmc.jsonl")
+    evaluation = records.read_json(folder / "evaluation.json") or {}
+    identity = document.get("identified", {}).get("data identity", config.get("data"))
     return Run(
         name=name or folder.resolve().name,
         indices=indices[finite],
-        quantities=quantities,
+        quantities=quantities | certificate,
+        curves=curves,
         families=families,
-        data=f"{document.get('identified', {}).get('data identity', config.get('data'))} "
-        f"{config.get('evaluate', {}).get('split')}",
+        # Simulated images are themselves what tells them apart.
+        data=f"{evaluation.get('images', identity)} {config.get('evaluate', {}).get('split')}",
         settings={k: v for k, v in flatten(config) if not k.startswith(("data.dir", "report"))},
-        flags=[*flags, *_suspects(columns, config.get("report", {})), *certificate_flags],
-        notes=notes + certificate,
+        flags=[
+            *flags,
+            *_suspects(columns, config.get("report", {})),
+            *curve_flags,
+            *certificate_flags,
+        ],
+        notes=notes + certificate_notes,
     )
 
 
@@ -206,6 +223,8 @@ def _decompose(
                 f"(IWAE of {np.sum(first)}, AIS of {np.sum(~first)}); "
                 f"choosing between noisy bounds lifts its mean {lift}."
             )
+    if "grid" in columns:  # no sample is drawn: no Monte Carlo error
+        quantities["grid"] = Quantity(columns["grid"], np.zeros_like(unknown), is_gap=False)
     for family in families:
         name = "amortization_gap" if family == families[0] else "gain"
         add_gap(f"{name}_{family}", f"local_{family}", "elbo")
@@ -232,6 +251,29 @@ def _decompose(
     return quantities, notes
 
 
+def _curves(
+    columns: dict[str, np.ndarray], quantities: dict[str, Quantity]
+) -> tuple[dict[str, list[tuple[int, Quantity]]], list[Flag]]:
+    """`Run.curves` from the `after_<n>_<family>` columns [N]; a bound has to be finite everywhere."""
+    curves: dict[str, list[tuple[int, Quantity]]] = {}
+    flags = []
+    for key, after in columns.items():
+        match = AFTER.fullmatch(key)
+        if not match or f"local_{match[2]}" not in quantities:
+            continue
+        num_steps, family = int(match[1]), match[2]
+        bad = ~np.isfinite(after)
+        if bad.any():
+            text = f"L[q] {FAMILIES.get(family, family)} after {num_steps} steps is not finite at "
+            text += f"{bad.sum()} of {bad.size} datapoints, no point of its curve"
+            flags.append(Flag(text, columns["index"][bad].astype(int).tolist()))
+            continue
+        local, error = quantities[f"local_{family}"], columns.get(f"{key}_se", np.nan)
+        left = Quantity(local.values - after, np.hypot(local.errors, error), is_gap=True)
+        curves.setdefault(family, []).append((num_steps, left))
+    return {f: sorted(curve, key=lambda point: point[0]) for f, curve in curves.items()}, flags
+
+
 def _suspects(columns: dict[str, np.ndarray], thresholds: dict[str, Any]) -> list[Flag]:
     """Datapoints whose bounds need a second look, from the diagnostics [N] beside them."""
     min_ess = thresholds.get("min_ess", MIN_ESS)
@@ -240,6 +282,7 @@ def _suspects(columns: dict[str, np.ndarray], thresholds: dict[str, Any]) -> lis
         (lambda v: v < min_ess, f"effective sample size below {min_ess:g}"),
         (lambda v: v > max_k, f"Pareto k above {max_k:g}"),
         (lambda v: v == 0, "local optimisation not converged"),
+        (lambda v: v > MAX_GRID_ERROR, f"half the cells differ by over {MAX_GRID_ERROR:g} nats"),
     )
     flags = []
     for key, values in columns.items():
@@ -256,22 +299,25 @@ def _suspects(columns: dict[str, np.ndarray], thresholds: dict[str, Any]) -> lis
     return flags
 
 
-def _certificate(path: Path) -> tuple[list[str], list[Flag]]:
-    """One sentence from the bidirectional AIS rows, where there are any."""
+def _certificate(path: Path) -> tuple[dict[str, Quantity], list[str], list[Flag]]:
+    """The bidirectional AIS rows, where there are any: a line of the table, a sentence, flags."""
     if not path.exists():
-        return [], []
+        return {}, [], []
     rows = _read_rows(path, "lower", "upper")
     gap = _column(path, rows, "upper") - _column(path, rows, "lower")
     finite = np.isfinite(gap)
     text = f"the certificate is not finite at {np.sum(~finite)} of {gap.size} simulated datapoints"
     flags = [] if finite.all() else [Flag(text, np.flatnonzero(~finite).tolist())]
     if not finite.any():
-        return [], flags
-    mean = gaps.mean_over_datapoints(gap[finite])
-    return [
+        return {}, [], flags
+    errors = _column(path, rows, "gap_se")
+    certificate = Quantity(gap[finite], errors[finite], is_gap=True)
+    mean = certificate.mean
+    note = (
         f"On simulated data the AIS bound is within {mean.mean:.2f} ± {mean.standard_error:.2f} "
         f"nats (bidirectional AIS, upper − lower bound, {mean.num_datapoints} datapoints)."
-    ], flags
+    )
+    return {"certificate": certificate}, [note], flags
 
 
 def _column(path: Path, rows: list[dict[str, Any]], key: str) -> np.ndarray:

@@ -41,7 +41,7 @@ def best_runs(runs: Sequence[Run]) -> dict[str, set[int]]:
     than 2 standard errors of the difference: paired on the same datapoints, else added in squares.
     """
     best: dict[str, set[int]] = {}
-    for name in [n for n in line_names(runs) if not n.startswith("gain")]:
+    for name in [n for n in line_names(runs) if not n.startswith(("gain", "certificate"))]:
         for i, run in enumerate(runs):
             others = [o for o in runs if o is not run and o.data == run.data]
             others = [o for o in others if name in o.quantities]

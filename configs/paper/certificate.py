@@ -1,0 +1,42 @@
+"""How far off can log p̂ be? AIS bounded from both sides, for every model of the main table.
+
+Command:  python -m infsub.main --config=configs/paper/certificate.py --workdir=runs/paper
+"""
+
+from __future__ import annotations
+
+from infsub.config import Config
+from infsub.experiments import experiment
+
+DATA_SETS = ("binarized_mnist", "fashion_mnist", "cifar10")
+TEMPERATURES = {"quarter": "1/4", "half": "1/2", "full": "1", "double": "2"}  # of the scale's
+
+
+def get_config() -> Config:
+    """Bidirectional Monte Carlo with more and more temperatures, on data the model simulates."""
+    return experiment(
+        "certificate",
+        "How far off can log p̂ be?",
+        cells={
+            f"{data}_{q}_{name}": {
+                "data.name": data,
+                "model.posterior.name": q,
+                "evaluate.ais.num_temperatures": f"@{share}",
+            }
+            for data in DATA_SETS
+            for q in ("gaussian", "auxiliary")
+            for name, share in TEMPERATURES.items()
+        },
+        shared={"evaluate.local.families": ()},
+        scales={
+            "paper": {"evaluate.bdmc.num_points": 1000},
+            "small": {"evaluate.bdmc.num_points": 200},
+            "smoke": {"evaluate.bdmc.num_points": 4},
+        },
+        figure={
+            "kind": "curves",
+            "x": "evaluate.ais.num_temperatures",
+            "y": ("certificate",),
+            "lines": ("data.name", "model.posterior.name"),
+        },
+    )

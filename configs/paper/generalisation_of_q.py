@@ -1,0 +1,31 @@
+"""How much of the amortization gap is the encoder's capacity, how much its generalisation?
+
+Command:  python -m infsub.main --config=configs/paper/generalisation_of_q.py --workdir=runs/paper
+"""
+
+from __future__ import annotations
+
+from infsub.config import Config
+from infsub.experiments import experiment
+
+FRESH = {"init_from": "@source", "init_parts": "decoder", "train.freeze": "decoder"}
+
+
+def get_config() -> Config:
+    """Fresh encoders on one frozen decoder: trained on its training data, and on its own samples.
+
+    Samples never end, so the second has nothing to overfit: its gap on samples is capacity alone.
+    """
+    return experiment(
+        "generalisation_of_q",
+        "Amortization gap = capacity + generalisation: how much is which?",
+        cells={
+            "source": {},
+            **{
+                f"q_{on}_at_{split}": FRESH | {"train.on": on, "evaluate.split": split}
+                for on in ("data", "model")
+                for split in ("train", "test", "model")
+            },
+        },
+        shared={"data.name": "binarized_mnist"},
+    )

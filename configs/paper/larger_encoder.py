@@ -1,0 +1,26 @@
+"""Does an encoder of more capacity have a smaller amortization gap?
+
+Command:  python -m infsub.main --config=configs/paper/larger_encoder.py --workdir=runs/paper
+"""
+
+from __future__ import annotations
+
+from infsub.config import Config
+from infsub.experiments import experiment
+
+
+def get_config() -> Config:
+    """Encoders of [200, 200] and [500, 500]; on CIFAR-10 the convolutional one and a wide one."""
+    return experiment(
+        "larger_encoder",
+        "Does encoder capacity shrink the amortization gap?",
+        cells={
+            "encoder_200_200": {"data.name": "binarized_mnist"},
+            "encoder_500_500": {
+                "data.name": "binarized_mnist",
+                "model.encoder.hidden": (500, 500),
+            },
+            "conv": {"data.name": "cifar10"},
+            "conv_wide": {"data.name": "cifar10", "model.encoder.hidden": (128, 256, 256)},
+        },
+    )

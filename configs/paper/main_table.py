@@ -1,0 +1,25 @@
+"""The paper's main table: does inference lose its nats by approximation or by amortization?
+
+Command:  python -m infsub.main --config=configs/paper/main_table.py --workdir=runs/paper
+"""
+
+from __future__ import annotations
+
+from infsub.config import Config
+from infsub.experiments import experiment
+
+DATA_SETS = ("binarized_mnist", "fashion_mnist", "cifar10")
+
+
+def get_config() -> Config:
+    """Each data set, trained with q_FFG and with q_AF; q* of both families and of full covariance."""
+    return experiment(
+        "main_table",
+        "Approximation or amortization? Does the generator accommodate the q it was trained with?",
+        cells={
+            f"{data}_{q}": {"data.name": data, "model.posterior.name": q}
+            for data in DATA_SETS
+            for q in ("gaussian", "auxiliary")
+        },
+        shared={"evaluate.local.families": ("gaussian", "full_gaussian", "auxiliary")},
+    )

@@ -1,0 +1,27 @@
+"""What does entropy annealing do to both gaps?
+
+Command:  python -m infsub.main --config=configs/paper/no_annealing.py --workdir=runs/paper
+"""
+
+from __future__ import annotations
+
+from infsub.config import Config
+from infsub.experiments import experiment
+
+
+def get_config() -> Config:
+    """q_FFG and q_AF, trained with and without entropy annealing."""
+    return experiment(
+        "no_annealing",
+        "What does annealing do to both gaps?",
+        cells={
+            f"{q}_{annealing}": {
+                "data.name": "binarized_mnist",
+                "model.posterior.name": q,
+                "train.annealing": annealing,
+                "evaluate.local.families": (q,),
+            }
+            for q in ("gaussian", "auxiliary")
+            for annealing in ("entropy", "none")
+        },
+    )

@@ -1,0 +1,39 @@
+"""When does inference overfit, and does it before the model does?
+
+Command:  python -m infsub.main --config=configs/paper/over_training.py --workdir=runs/paper
+"""
+
+from __future__ import annotations
+
+from infsub.config import Config
+from infsub.experiments import experiment
+
+WHEN = ("1/8", "1/4", "1/2", "1")
+
+
+def get_config() -> Config:
+    """Checkpoints of one run, the gaps at training and at validation points."""
+    return experiment(
+        "over_training",
+        "When does inference overfit?",
+        cells={
+            f"after_{when.replace('/', '_')}_{split}": {
+                "evaluate.checkpoint": f"@{when}",
+                "evaluate.split": split,
+            }
+            for when in WHEN
+            for split in ("train", "validation")
+        },
+        shared={"data.name": "fashion_mnist", "model.latent_dim": 20},
+        scales={
+            "paper": {"train.keep_every": 410},
+            "small": {"train.num_epochs": 80, "train.keep_every": 10},
+            "smoke": {"train.num_epochs": 8, "train.keep_every": 1},
+        },
+        figure={
+            "kind": "curves",
+            "x": "evaluate.checkpoint",
+            "y": ("amortization_gap_gaussian", "approximation_gap_gaussian"),
+            "lines": ("evaluate.split",),
+        },
+    )

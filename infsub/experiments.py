@@ -1,0 +1,362 @@
+"""Experiments: a question, and the cells whose table and figure answer it.
+
+A cell is a run and one evaluation of it, written as the fields in which it differs from the others.
+Cells that train the same weights share a run, and those that measure the same share the rows, within
+an experiment and between all experiments of one workdir:
+
+  WORKDIR/runs/<data>-<posterior>-<hash>/    a run; in it <split>-<hash>/ for each evaluation
+  WORKDIR/<experiment>/                      cells.json, table.*, figure.*, what went wrong
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from infsub import config as configs
+from infsub import records
+from infsub.types import UserError
+
+Fields = Mapping[str, Any]  # {dotted name of a config field: value}
+
+# `paper`: the authors' settings. `small`: half an hour on two cores. `smoke`: minutes, no meaning.
+SCALES: dict[str, dict[str, Any]] = {
+    "paper": {
+        "train.num_epochs": 3280,
+        "train.schedule": "burda",
+        "train.annealing_epochs": 400,
+        "evaluate.per_class": 100,
+        "evaluate.ais.num_chains": 100,
+        "evaluate.ais.num_temperatures": 10_000,
+        "evaluate.local.preset": "authors",
+        "evaluate.local.max_steps": 100_000,
+    },
+    "small": {
+        "train.num_epochs": 30,
+        "train.schedule": "cosine",
+        "train.annealing_epochs": 10,
+        "evaluate.per_class": 5,
+    },
+    "smoke": {
+        "train.num_epochs": 2,
+        "train.schedule": "cosine",
+        "train.annealing_epochs": 1,
+        "evaluate.per_class": 0,
+        "evaluate.first": 4,
+        "evaluate.elbo_samples": 50,
+        "evaluate.iwae_samples": 50,
+        "evaluate.ais.num_chains": 4,
+        "evaluate.ais.num_temperatures": 10,
+        "evaluate.local.max_steps": 100,
+    },
+}
+_CONV = {
+    "model.encoder.kind": "conv",
+    "model.encoder.hidden": (64, 128, 256),
+    "model.decoder.kind": "conv",
+    "model.decoder.hidden": (256, 128, 64),
+}
+# What a data set asks for at a scale. XLA is slow at convolutions on a CPU: `small` has narrow ones.
+_NARROW = _CONV | {"model.encoder.hidden": (16, 32, 64), "model.decoder.hidden": (64, 32, 16)}
+DATA_SETS: dict[str, dict[str, dict[str, Any]]] = {
+    "cifar10": {
+        "paper": _CONV | {"train.annealing_epochs": 50, "evaluate.per_class": 10},
+        "small": _NARROW
+        | {"train.num_epochs": 3, "train.annealing_epochs": 1, "evaluate.per_class": 1},
+        "smoke": _NARROW,
+    }
+}
+
+
+class Cell(NamedTuple):
+    """A run and one evaluation of it.
+
+    Attributes:
+      name: in its experiment.
+      config: of both, resolved.
+      folder: the run's, which cells of the same run share.
+      needs: cells of this experiment whose weights it starts from.
+    """
+
+    name: str
+    config: configs.Config
+    folder: Path
+    needs: tuple[str, ...]
+
+    @property
+    def evaluation(self) -> Path:
+        """The folder of the rows."""
+        return self.folder / self.config.evaluate.name
+
+
+def experiment(
+    name: str,
+    question: str,
+    cells: Mapping[str, Fields],
+    *,
+    shared: Fields | None = None,
+    scales: Mapping[str, Fields] | None = None,
+    figure: Fields | None = None,
+) -> configs.Config:
+    """The config of an experiment: every field of a run, `scale`, and `experiment`, the data below.
+
+    Args:
+      name: of its folder in the workdir.
+      question: what its figure answers.
+      cells: {name: fields}. A value "@CELL" of init_from is that cell's run. `of` = CELL is another
+        evaluation of that cell's run. "@1/4" as evaluate.checkpoint is after a quarter of the epochs,
+        as evaluate.ais.num_temperatures a quarter of the scale's.
+      shared: fields of all cells.
+      scales: {scale: fields}, on top of SCALES.
+      figure: {"kind": "bars"}, {"kind": "steps"}, {"kind": "posteriors"} or {"kind": "curves",
+        "x": field, "y": quantities, "lines": fields}; see infsub.report.
+    """
+    config = configs.default().unlock()
+    config.scale = "small"
+    config.experiment = {
+        "name": name,
+        "question": question,
+        # Pairs, not dicts: a ConfigDict sorts its fields and takes no dots in their names.
+        "cells": tuple(
+            (cell, tuple({**(shared or {}), **fields}.items())) for cell, fields in cells.items()
+        ),
+        "scales": {scale: tuple(fields.items()) for scale, fields in (scales or {}).items()},
+        "figure": dict(figure or {"kind": "bars"}),
+    }
+    return config.lock()
+
+
+def at_scale(scale: str, data_name: str) -> dict[str, Any]:
+    """The fields of a scale for a data set.
+
+    Raises:
+      UserError: an unknown scale.
+    """
+    if scale not in SCALES:
+        raise UserError(f"the scale is {scale!r}; it must be one of {', '.join(SCALES)}.")
+    return (
+        {"train.annealing": "entropy"} | SCALES[scale] | DATA_SETS.get(data_name, {}).get(scale, {})
+    )
+
+
+def expand(config: configs.Config, workdir: Path, overrides: Sequence[str] = ()) -> list[Cell]:
+    """The cells of an experiment, each after those that it needs.
+
+    default < scale < data set at that scale < the experiment's scale < cell < the user's overrides.
+
+    Args:
+      config: of `experiment`, with the user's overrides in it.
+      workdir: where runs lie.
+      overrides: names of the fields that the user set.
+
+    Raises:
+      UserError: an unknown scale, field or cell, a wrong value, cells that need each other.
+    """
+    given, scale = config.experiment, config.scale
+    fixed = {name: _get(config, name) for name in overrides if name != "scale"}
+    for name in fixed.keys() & {"train.num_seeds", "init_from", "evaluate.name"}:
+        raise UserError(f"config.{name} is set by the experiment {given.name} cell by cell.")
+    if scale == "smoke":  # only these data are everywhere
+        fixed = {"data.name": "mnist5k"} | fixed
+    described = dict(given.cells)
+    cells: dict[str, Cell] = {}
+
+    def fields_of(name: str, path: tuple[str, ...]) -> dict[str, Any]:
+        if name not in described:
+            raise UserError(
+                f"experiment {given.name}: cell {path[-1]} needs an unknown cell {name}."
+            )
+        if name in path:
+            raise UserError(f"experiment {given.name}: cells {', '.join(path)} need each other.")
+        fields = dict(described[name])
+        source = fields.pop("of", "")
+        return fields_of(source, (*path, name)) | fields if source else fields
+
+    def add(name: str, path: tuple[str, ...] = ()) -> Cell:
+        if name in cells:
+            return cells[name]
+        fields = fields_of(name, path)
+        data_name = fields.get("data.name", config.data.name)
+        under = at_scale(scale, data_name) | dict(given.scales.get(scale, ()))
+        fields = under | _shares(fields, under) | fixed
+        source = fields.pop("init_from", "").removeprefix("@")
+        needs = (add(source, (*path, name)),) if source else ()
+        cell = _cell(f"experiment {given.name}, cell {name}", name, fields, needs, workdir)
+        cells[name] = cell
+        return cell
+
+    for name in described:
+        add(name)
+    return list(cells.values())
+
+
+def _shares(fields: dict[str, Any], under: dict[str, Any]) -> dict[str, Any]:
+    """`fields` with every "@share" as the number it is of the scale's."""
+    values = dict(configs.flatten(configs.default())) | under
+
+    def value(name: str, value: Any) -> Any:
+        if not isinstance(value, str) or not value.startswith("@") or name == "init_from":
+            return value
+        share = Fraction(value[1:])
+        if name == "evaluate.checkpoint":
+            return f"epoch_{round(share * values['train.num_epochs'])}"
+        return round(share * values[name])
+
+    return {n: value(n, v) for n, v in fields.items()}
+
+
+def _get(config: configs.Config, name: str) -> Any:
+    return dict(configs.flatten(config))[name]
+
+
+def _cell(
+    where: str, name: str, fields: dict[str, Any], needs: tuple[Cell, ...], workdir: Path
+) -> Cell:
+    config = configs.default()
+    try:
+        config.update_from_flattened_dict(fields)
+        config.init_from = str(needs[0].folder) if needs else ""
+        config = configs.resolve(config).unlock()
+    except (KeyError, AttributeError, TypeError, ValueError, UserError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{where}: {reason}") from error
+    weights = configs.identity(config, "", needs[0].folder.name if needs else "")
+    kind = f"{config.data.name}-{config.model.posterior.name}"
+    measured = [(k, v) for k, v in configs.flatten(config.evaluate) if k != "block_size"]
+    digest = hashlib.sha256(json.dumps(measured).encode()).hexdigest()
+    config.evaluate.name = f"{config.evaluate.split}-{digest[:8]}"
+    folder = workdir / "runs" / f"{kind}-{weights[:8]}"
+    return Cell(name, config.lock(), folder, tuple(cell.name for cell in needs))
+
+
+def run(
+    config: configs.Config,
+    workdir: Path,
+    overrides: Sequence[str] = (),
+    only: Sequence[str] = (),
+) -> int:
+    """Runs what is not done of an experiment's cells, and joins all into one table and one figure.
+
+    A failing cell is named, with its traceback in a file, and the rest goes on; the same command
+    tries it again. What a signal stopped continues with the same command.
+
+    Args:
+      config, workdir, overrides: as in `expand`.
+      only: cells to run, with those that they need; none: all.
+
+    Returns:
+      The exit code: 1 when a cell failed, else 0.
+
+    Raises:
+      UserError: as `expand`, or an unknown cell in `only`.
+      records.Stopped: SIGTERM or Ctrl-C while training.
+    """
+    cells = expand(config, workdir, overrides)
+    known = {cell.name: cell for cell in cells}
+    if unknown := set(only) - known.keys():
+        raise UserError(
+            f"--cells names {', '.join(sorted(unknown))}; {config.experiment.name} has "
+            f"{', '.join(known)}."
+        )
+    wanted = set(only or known)
+    for cell in reversed(cells):  # sources come before their users
+        wanted |= set(cell.needs) if cell.name in wanted else set()
+    folder = workdir / config.experiment.name
+    folder.mkdir(parents=True, exist_ok=True)
+    states: dict[str, str] = {}
+    for i, cell in enumerate(cells):
+        if cell.name not in wanted or _done(cell):
+            continue
+        records.say(f"{config.experiment.name}, cell {i + 1} of {len(cells)}: {cell.name}")
+        states[cell.name] = _run_cell(cell, folder, states)
+        _summarise(config, cells, states, folder, show=False)
+    failed = _summarise(config, cells, states, folder, show=True)
+    return 1 if failed & wanted else 0
+
+
+def redraw(config: configs.Config, workdir: Path, overrides: Sequence[str] = ()) -> int:
+    """Table and figure of an experiment from the rows that are there; 1 when there are none."""
+    folder = workdir / config.experiment.name
+    folder.mkdir(parents=True, exist_ok=True)
+    cells = expand(config, workdir, overrides)
+    _summarise(config, cells, {}, folder, show=True)
+    return 0 if any(map(_done, cells)) else 1
+
+
+def status(workdir: Path) -> str:
+    """A line for every cell of the experiments in `workdir`; "" when there are none."""
+    lines = []
+    for path in sorted(workdir.glob("*/cells.json")):
+        lines.append(path.parent.name)
+        for name, cell in records.read_json(path).items():
+            rows = records.read_rows(workdir / cell["run"] / cell["evaluation"] / "rows.jsonl")
+            text = f"{cell['state']}, {len(rows)} datapoints evaluated, {cell['run']}"
+            lines.append(f"  {name:<32}{text}")
+    return "\n".join(lines)
+
+
+def _done(cell: Cell) -> dict[str, Any] | None:
+    """What the cell ended with, if it has."""
+    return records.read_json(cell.evaluation / "done.json")
+
+
+def _run_cell(cell: Cell, folder: Path, states: Mapping[str, str]) -> str:
+    """Trains and evaluates; "" or, in a sentence, what went wrong."""
+    from infsub import evaluate, report, train  # jax and flax: not for a mistake in an experiment
+
+    if missing := [name for name in cell.needs if states.get(name)]:
+        return f"not run, for it needs {missing[0]}"
+    error_file = folder / f"error-{cell.name}.txt"
+    start = time.monotonic()
+    try:
+        train.train(cell.config, cell.folder)
+        bad = evaluate.evaluate(cell.config, cell.folder)
+        report.report(str(cell.evaluation), show=False)
+    except Exception as error:
+        if isinstance(error, records.Stopped) and error.exit_code > 1:
+            raise  # a signal, not a failing cell
+        records.write_bytes(error_file, traceback.format_exc().encode())
+        reason = " ".join(str(error).split()) or type(error).__name__
+        records.say(f"cell {cell.name} failed: {reason}")
+        return f"{reason} (see {error_file.name})"
+    error_file.unlink(missing_ok=True)
+    seconds = round(time.monotonic() - start, 1)
+    records.write_json(cell.evaluation / "done.json", {"not_finite": bad, "seconds": seconds})
+    return ""
+
+
+def _summarise(
+    config: configs.Config, cells: list[Cell], states: Mapping[str, str], folder: Path, show: bool
+) -> set[str]:
+    """Writes cells.json, the table and the figure; the names of the cells that went wrong."""
+    from infsub import report
+
+    wrong = {name: why for name, why in states.items() if why}
+    for cell in cells:
+        if bad := (_done(cell) or {}).get("not_finite"):
+            wrong[cell.name] = f"an estimate is not finite at datapoints {bad}"
+    ended = {cell.name: cell.evaluation for cell in cells if _done(cell)}
+    summary = {
+        cell.name: {
+            "state": wrong.get(cell.name) or ("done" if cell.name in ended else "to do"),
+            "run": str(cell.folder.relative_to(folder.parent)),
+            "evaluation": cell.config.evaluate.name,
+        }
+        for cell in cells
+    }
+    records.write_json(folder / "cells.json", summary)
+    if ended:
+        given = config.experiment
+        title = f"{given.question} ({given.name}, scale {config.scale})"
+        report.experiment(title, given.figure.to_dict(), ended, folder, show)
+    if show:
+        counts = f"{len(ended)} of {len(cells)} cells of {config.experiment.name} are done"
+        text = "".join(f"; {name}: {why}" for name, why in wrong.items())
+        records.say(f"{counts}{text}.")
+    return set(wrong)
