@@ -17,7 +17,7 @@ lint: .venv/dev.done  ## formatting, lint, types
 	$(RUN) -m ruff check .
 	$(RUN) -m pyright
 
-bench: .venv/dev.done  ## benchmarks: run them on an otherwise idle machine
+bench: .venv/bench.done  ## benchmarks: run them on an otherwise idle machine
 	$(RUN) tests/benchmarks/run.py
 
 wheel: .venv/bin/uv  ## build the wheel, install it alone, and import it
@@ -36,6 +36,10 @@ wheel: .venv/bin/uv  ## build the wheel, install it alone, and import it
 
 .venv/dev.done: .venv/bin/uv pyproject.toml uv.lock
 	.venv/bin/uv sync --quiet --frozen --inexact --extra plots --extra dev
+	touch $@
+
+.venv/bench.done: .venv/dev.done
+	.venv/bin/uv sync --quiet --frozen --inexact --extra plots --extra dev --extra bench
 	touch $@
 
 clean:  ## everything that can be made again, except runs/

@@ -57,10 +57,11 @@ def assert_same(workdir: Path, whole: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
 def test_killed_many_times_it_ends_bit_identical(
-    command: Command, whole: Path, tmp_path: Path
+    command: Command, whole: Path, tmp_path: Path, seed: int
 ) -> None:
-    moments, metrics = random.Random(0), tmp_path / "metrics.jsonl"
+    moments, metrics = random.Random(seed), tmp_path / "metrics.jsonl"
     writing = str(tmp_path / "checkpoints/*.orbax-checkpoint-tmp*")
     kinds = ["starting"] * 2 + ["after a row"] * 9 + ["writing"] * 3
     moments.shuffle(kinds)

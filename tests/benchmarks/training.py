@@ -1,7 +1,7 @@
 """Training steps a second beside a straightforward PyTorch loop; the share of the matmul peak.
 
-The same model (784-200-200-2z, z = 50, its mirror), batch size, optimiser and data; PyTorch is not
-installed by this project: `pip install torch` to see it, otherwise only our side is timed.
+The same model (784-200-200-2z, z = 50, its mirror), batch size, optimiser and data. PyTorch comes
+with the extra `bench`, which `make bench` installs; without it only our side is timed.
 """
 
 from __future__ import annotations
