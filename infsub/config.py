@@ -1,7 +1,7 @@
 """Every setting of a run, its default, and what makes two runs the same run.
 
 A config file's `get_config(arg)` starts from `default()` and changes fields; variants are arguments
-(`configs/paper.py:dataset=fashion_mnist,posterior=auxiliary`), read by `variant`.
+(`configs/model.py:dataset=fashion_mnist,posterior=auxiliary`), read by `variant`.
 Imports nothing heavy: `--help`, `--mode=status` and mistakes answer at once.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from infsub.types import UserError
+from infsub.types import UserError, increasing_steps
 
 Config = Any  # a ConfigDict: its fields have no static types
 
@@ -58,7 +58,9 @@ CHOICES = {
     "train.schedule": ("constant", "cosine", "burda"),
     "train.annealing": ("none", "entropy", "kl"),
     "train.freeze": ("none", "encoder", "decoder"),
+    "train.on": ("data", "model"),
     "train.criterion": ("elbo", "iwae"),
+    "evaluate.split": ("train", "validation", "test", "model"),
 }
 
 AT_LEAST_ONE = (
@@ -120,6 +122,7 @@ def default() -> Config:
             "annealing": "none",  # none | entropy: w·log q | kl: w·(log p(z) − log q)
             "annealing_epochs": 0,  # w rises linearly from 0 to 1 over so many epochs
             "freeze": "none",  # none | encoder | decoder: stays bit for bit as it is
+            "on": "data",  # data | model: x ~ p(x) of the frozen decoder, fresh in every step
             "num_seeds": 1,  # models trained at once, seeds seed, seed + 1, …
             "max_skipped": 100,  # non-finite steps skipped before the run stops
             "validate_every": 1,  # epochs
@@ -133,7 +136,7 @@ def default() -> Config:
         },
         "evaluate": {
             "name": "",  # a folder in the workdir, for a second evaluation of the same run
-            "split": "train",  # train | validation | test
+            "split": "train",  # train | validation | test | model: x ~ p(x), simulated
             "per_class": 10,  # class-balanced points; 0: `first` points instead
             "first": 0,  # the first n points; 0 with per_class=0: all
             "indices_file": "",  # a file of indices into the split, one a line
@@ -153,6 +156,7 @@ def default() -> Config:
                 "families": ("gaussian",),
                 "preset": "fast",  # fast | authors
                 "max_steps": 20_000,  # an optimisation that has not converged by then is listed
+                "curve": (),  # numbers of steps, such as (0, 1, 3, 10), to take L[q] after
             },
             "bdmc": {"num_points": 0},  # simulated points for the certificate; 0: none
         },
@@ -227,6 +231,22 @@ def resolve(config: Config) -> Config:
             "config.train.freeze=decoder would freeze an untrained decoder; "
             "give config.init_from=WORKDIR, a run to take the decoder from."
         )
+    if config.train.on == "model" and config.train.freeze != "decoder":
+        raise UserError(
+            "config.train.on=model draws each batch from a decoder that does not change: give "
+            "config.train.freeze=decoder and config.init_from=WORKDIR, a run to take it from."
+        )
+    evaluate = config.evaluate
+    if evaluate.split == "model" and not (evaluate.first or evaluate.per_class):
+        raise UserError(
+            "config.evaluate.split=model has no last datapoint: give config.evaluate.first=N, how "
+            "many to simulate."
+        )
+    if evaluate.local.curve:
+        try:
+            increasing_steps("config.evaluate.local.curve", evaluate.local.curve)
+        except ValueError as error:
+            raise UserError(f"{error}.") from error
     if config.train.annealing != "none" and config.train.annealing_epochs < 1:
         raise UserError(
             f"config.train.annealing={config.train.annealing} needs config.train.annealing_epochs "

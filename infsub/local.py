@@ -7,6 +7,7 @@ its own convergence and changes no more, and a block ends when all of its datapo
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,13 +15,24 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from infsub import bounds
-from infsub.types import Array, Estimate, Key, Params, Posterior, Target, as_partial, positive_int
+from infsub import bounds, posteriors
+from infsub.types import (
+    Array,
+    Estimate,
+    Key,
+    Params,
+    Posterior,
+    Target,
+    as_partial,
+    increasing_steps,
+    positive_int,
+)
 
 _CHUNK_SIZE = 500  # of the final samples
 _NUM_JUDGED = (
     1000  # samples that compare two windows; with them q* ends 0.003 nats below the optimum
 )
+_ADAM = optax.scale_by_adam()
 
 
 class Rule(NamedTuple):
@@ -108,22 +120,70 @@ def optimize_local(
       TypeError: an unknown field of the rule, or a density that returns no scalar.
     """
     rule = _checked_rule(rule, changes)
+    key, key_init = jax.random.split(key)
+    posterior, params = _checked_start(key_init, posterior, params, rule)
+    num_final_samples = positive_int("num_final_samples", num_final_samples)
+    return _optimize(key, target, posterior, params, rule, num_final_samples)
+
+
+def local_curve(
+    key: Key,
+    target: Target,
+    posterior: Posterior,
+    params: Params,
+    steps: Sequence[int],
+    rule: str | Rule = "fast",
+    *,
+    num_samples: int = 1000,
+) -> Estimate:
+    """L[q] after each of `steps` steps from `params`: how soon optimisation buys back a gap.
+
+    One run of Adam by the rule's learning rate, samples and gradient, that neither decays nor
+    stops. All its bounds are of the same samples, which fitted nothing: differences along the
+    curve are paired.
+
+    Args:
+      key: of this datapoint.
+      target: p(z) p(x|z) for one x.
+      posterior: the family Q; all of its params, "encoded" and "shared", are fitted.
+      params: where to start; the bound after 0 steps is theirs.
+      steps: 0 ≤ n_1 < n_2 < …
+      rule: as in `optimize_local`; its window, patience, max_steps, decay and paired do not apply.
+      num_samples: K of each bound.
+
+    Returns:
+      Estimate of the ELBO in nats, each field with a leading [len(steps)].
+
+    Raises:
+      ValueError: steps that are not increasing integers of at least 0, or as in `optimize_local`.
+      TypeError: a density that returns no scalar.
+    """
+    steps, rule = increasing_steps("steps", steps), _checked_rule(rule, {})
+    posterior, params = _checked_start(key, posterior, params, rule)
+    # Arrays: how many steps there are compiles nothing anew.
+    spans = jnp.asarray((0, *steps[:-1])), jnp.asarray(steps)
+    num_samples = positive_int("num_samples", num_samples)
+    return _curve(key, target, posterior, params, spans, rule, num_samples)
+
+
+def _checked_start(
+    key: Key, posterior: Posterior, params: Params | None, rule: Rule
+) -> tuple[Posterior, Params]:
+    """The posterior as a pytree and where it starts, both fit for the rule."""
     posterior = Posterior(as_partial(posterior.init), as_partial(posterior.sample))
     arguments = inspect.signature(posterior.sample).parameters
     if rule.sticking_the_landing and "sticking" not in arguments:
         raise ValueError(
             "sticking_the_landing needs posterior.sample(key, params, sticking=True), which this "
-            "posterior has not: pass sticking_the_landing=False"
+            "posterior has not: it takes a rule of sticking_the_landing=False"
         )
-    key, key_init = jax.random.split(key)
     if params is None:
-        params = posterior.init(key_init)
-    expected = jax.tree.map(jnp.shape, jax.eval_shape(posterior.init, key_init))
+        params = posterior.init(key)
+    expected = jax.tree.map(jnp.shape, jax.eval_shape(posterior.init, key))
     found = jax.tree.map(jnp.shape, params)
     if found != expected:
         raise ValueError(f"params must have the posterior's shapes, {expected}; got {found}")
-    num_final_samples = positive_int("num_final_samples", num_final_samples)
-    return _optimize(key, target, posterior, params, rule, num_final_samples)
+    return posterior, params
 
 
 def _checked_rule(rule: str | Rule, changes: dict[str, Any]) -> Rule:
@@ -140,6 +200,53 @@ def _checked_rule(rule: str | Rule, changes: dict[str, Any]) -> Rule:
     if not rule.learning_rate > 0 or not 0 < rule.decay <= 1:
         raise ValueError(f"learning_rate must be positive and decay in (0, 1]; got {rule}")
     return rule
+
+
+def _step(
+    key: Key,
+    target: Target,
+    posterior: Posterior,
+    rule: Rule,
+    rate: Any,
+    fitted: Any,
+    number: Array,
+) -> tuple[Any, Array]:
+    """Step `number` of Adam on (params, moments), and its ELBO; not finite, it changes nothing."""
+    params, moments = fitted
+    sticking = {"sticking": True} if rule.sticking_the_landing else {}
+
+    def elbo(params: Params) -> Array:
+        keys = jax.random.split(jax.random.fold_in(key, number), rule.num_samples)
+        q = partial(posterior.sample, params=params, **sticking)
+        return jnp.mean(jax.vmap(lambda key: bounds.log_weight(key, target, q))(keys))
+
+    value, gradient = jax.value_and_grad(elbo)(params)
+    direction, new_moments = _ADAM.update(gradient, moments)
+    new_params = jax.tree.map(lambda p, d: p + rate * d, params, direction)
+    finite = jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(gradient))
+    fitted = _where(finite, (new_params, new_moments), (params, moments))
+    return fitted, jnp.where(finite, value, jnp.nan)
+
+
+@partial(jax.jit, static_argnames=("rule", "num_samples"))
+def _curve(
+    key: Key,
+    target: Target,
+    posterior: Posterior,
+    params: Params,
+    spans: tuple[Array, Array],
+    rule: Rule,
+    num_samples: int,
+) -> Estimate:
+    key_steps, key_final = jax.random.split(key)
+    step = partial(_step, key_steps, target, posterior, rule, rule.learning_rate)
+
+    def run_span(fitted: Any, span: tuple[Array, Array]) -> tuple[Any, Estimate]:
+        fitted = jax.lax.fori_loop(*span, lambda number, fitted: step(fitted, number)[0], fitted)
+        q = posteriors.sampler(posterior, fitted[0])
+        return fitted, bounds.elbo(key_final, target, q, num_samples)
+
+    return jax.lax.scan(run_span, (params, _ADAM.init(params)), spans)[1]
 
 
 class _State(NamedTuple):
@@ -162,27 +269,15 @@ def _optimize(
     num_final_samples: int,
 ) -> LocalResult:
     key_steps, key_judge, key_final = jax.random.split(key, 3)
-    adam = optax.scale_by_adam()
-    sticking = {"sticking": True} if rule.sticking_the_landing else {}
 
-    def log_weight(key: Key, params: Params, **options: bool) -> Array:
-        q = partial(posterior.sample, params=params, **options)
-        return bounds.log_weight(key, target, q)
+    def log_weight(key: Key, params: Params) -> Array:
+        return bounds.log_weight(key, target, posteriors.sampler(posterior, params))
 
     def step(rate: Any, carry: Any, number: Array) -> tuple[Any, Array]:
-        params, moments, total = carry
-
-        def elbo(params: Params) -> Array:
-            keys = jax.random.split(jax.random.fold_in(key_steps, number), rule.num_samples)
-            return jnp.mean(jax.vmap(lambda key: log_weight(key, params, **sticking))(keys))
-
-        value, gradient = jax.value_and_grad(elbo)(params)
-        direction, new_moments = adam.update(gradient, moments)
-        new_params = jax.tree.map(lambda p, d: p + rate * d, params, direction)
-        finite = jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(gradient))
-        params, moments = _where(finite, (new_params, new_moments), (params, moments))
+        *fitted, total = carry
+        (params, moments), value = _step(key_steps, target, posterior, rule, rate, fitted, number)
         total = jax.tree.map(jnp.add, total, params)
-        return (params, moments, total), jnp.where(finite, value, jnp.nan)
+        return (params, moments, total), value
 
     def judge(params: Params) -> Array:
         keys = jax.random.split(key_judge, _NUM_JUDGED)
@@ -214,7 +309,7 @@ def _optimize(
     best_values = judge(params)
     if not rule.paired:
         best_values = jnp.full((), -jnp.inf, best_values.dtype)
-    start = _State(params, adam.init(params), params, best_values, rule.learning_rate, 0, 0)
+    start = _State(params, _ADAM.init(params), params, best_values, rule.learning_rate, 0, 0)
     end = jax.lax.while_loop(unfinished, run_window, start)
     best = end.best
     if not rule.paired:  # an unpaired rule has not looked at the start

@@ -41,6 +41,7 @@ class StepConfig(NamedTuple):
     annealing: str
     annealing_epochs: int
     freeze: str
+    on: str
 
 
 class TrainState(NamedTuple):
@@ -207,6 +208,8 @@ def train_step(
 ) -> TrainState:
     """One step of Adam on one batch; a step that is not finite is counted and changes nothing.
 
+    On the model, the batch is x ~ p(x) of the frozen decoder, fresh in every step.
+
     Args:
       task: static.
       key: of the run.
@@ -218,10 +221,19 @@ def train_step(
     train, per_epoch = task.train, task.steps_per_epoch
     epoch, position = step // per_epoch, step % per_epoch
     batch_size = train.batch_size
-    indices = jax.lax.dynamic_slice(permutation, (position * batch_size,), (batch_size,))
-    if task.mesh is not None:  # the rest follows: each device takes its datapoints
-        indices = jax.lax.with_sharding_constraint(indices, NamedSharding(task.mesh, P("batch")))
-    x = data.batch(images, indices, jax.random.fold_in(jax.random.fold_in(key, 1), epoch))
+    key_batch = jax.random.fold_in(key, 1)
+
+    def shared(datapoints: Array) -> Array:  # the rest follows: each device takes its datapoints
+        if task.mesh is None:
+            return datapoints
+        return jax.lax.with_sharding_constraint(datapoints, NamedSharding(task.mesh, P("batch")))
+
+    if train.on == "model":
+        draws = shared(jax.random.split(jax.random.fold_in(key_batch, step), batch_size))
+        x = jax.vmap(lambda key: task.vae.simulate(key, state.variables)[1])(draws)
+    else:
+        indices = jax.lax.dynamic_slice(permutation, (position * batch_size,), (batch_size,))
+        x = data.batch(images, shared(indices), jax.random.fold_in(key_batch, epoch))
     keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, 2), step), batch_size)
     weight = annealing_weight(train, per_epoch, step)
     training = tuple(p for p in trained_parts(train.freeze) if p != "posterior")

@@ -10,7 +10,9 @@ and scan, and a new value of a parameter never compiles anew.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +35,19 @@ def positive_int(name: str, value: Any) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < 1:
         raise ValueError(f"{name} must be a positive integer; got {value!r}")
     return int(value)
+
+
+def increasing_steps(name: str, value: Any) -> tuple[int, ...]:
+    """`value` as numbers of steps, 0 ≤ n_1 < n_2 < …, or a ValueError that names the argument."""
+    try:
+        steps = tuple(map(operator.index, value))
+    except TypeError:
+        steps = ()
+    if not steps or steps[0] < 0 or any(a >= b for a, b in pairwise(steps)):
+        raise ValueError(
+            f"{name} must be increasing integers of at least 0, such as (0, 1, 3, 10); got {value!r}"
+        )
+    return steps
 
 
 @jax.tree_util.register_pytree_node_class

@@ -46,6 +46,7 @@ class VAE(NamedTuple):
       log_likelihood: (variables, x, z) -> [], log p(x|z).
       target: (variables, x) -> Target, the unnormalised posterior of x.
       sample_x: (key, variables, z) -> x [H, W, C], a draw of p(x|z), of the data's levels.
+      simulate: (key, variables) -> (z [D], x [H, W, C]), a draw of p(z) p(x|z).
       mean_x: (variables, z) -> [H, W, C] in [0, 1], for pictures.
       terms: (key, variables, x, num_samples, training) -> (Terms, statistics). `training` names the
         networks that use this batch's statistics ("encoder", "decoder"), which needs a vmap over
@@ -62,6 +63,7 @@ class VAE(NamedTuple):
     log_likelihood: Callable[[Variables, Array, Array], Array]
     target: Callable[[Variables, Array], Target]
     sample_x: Callable[[Key, Variables, Array], Array]
+    simulate: Callable[[Key, Variables], tuple[Array, Array]]
     mean_x: Callable[[Variables, Array], Array]
     terms: Callable[..., tuple[Terms, dict[str, Any]]]
 
@@ -120,7 +122,7 @@ def _make_vae(fields: str, image_shape: tuple[int, int, int], levels: int) -> VA
         return family(target=target(variables, x)) if needs_target else template
 
     def sampler(variables: Variables, x: Array) -> Partial:
-        return Partial(posterior(variables, x).sample, params=encode(variables, x))
+        return posteriors.sampler(posterior(variables, x), encode(variables, x))
 
     def decode(variables: Variables, z: Array) -> Array:
         return decoder.apply(variables["decoder"], z, train=False)  # pyright: ignore
@@ -145,6 +147,11 @@ def _make_vae(fields: str, image_shape: tuple[int, int, int], levels: int) -> VA
         mean, log_scale = jnp.split(pixels, 2, axis=-1)
         return densities.sample_discretized_logistic(key, mean, log_scale, levels)
 
+    def simulate(key: Key, variables: Variables) -> tuple[Array, Array]:
+        key_z, key_x = jax.random.split(key)
+        z = jax.random.normal(key_z, (latent_dim,))
+        return z, sample_x(key_x, variables, z)
+
     def mean_x(variables: Variables, z: Array) -> Array:
         pixels = decode(variables, z)
         if levels == 2:
@@ -158,8 +165,8 @@ def _make_vae(fields: str, image_shape: tuple[int, int, int], levels: int) -> VA
             variables["encoder"], scaled(x), train="encoder" in training, mutable=["batch_stats"]
         )
         params = {"encoded": unravel(outputs), "shared": variables["posterior"]}
-        sample = Partial(posterior(variables, x).sample, params=params)
-        z, log_q = jax.vmap(sample)(jax.random.split(key, num_samples))
+        draw = posteriors.sampler(posterior(variables, x), params)
+        z, log_q = jax.vmap(draw)(jax.random.split(key, num_samples))
         pixels, decoder_stats = jax.vmap(
             lambda z: decoder.apply(
                 variables["decoder"], z, train="decoder" in training, mutable=["batch_stats"]
@@ -184,6 +191,7 @@ def _make_vae(fields: str, image_shape: tuple[int, int, int], levels: int) -> VA
         log_likelihood,
         target,
         sample_x,
+        simulate,
         mean_x,
         terms,
     )

@@ -12,7 +12,7 @@ import pytest
 from jax.tree_util import Partial
 
 from infsub import densities, local, posteriors
-from infsub.local import optimize_local
+from infsub.local import local_curve, optimize_local
 from infsub.types import Gaussian, Posterior, Target
 
 SMALL = {
@@ -217,9 +217,79 @@ def test_mistakes_are_named(xs):
     with pytest.raises(ValueError, match="params must have the posterior's shapes"):
         optimize_local(key, target, posterior, posteriors.planar(4).init(key))
     own = Posterior(posterior.init, lambda key, params: posterior.sample(key, params))
-    with pytest.raises(ValueError, match="pass sticking_the_landing=False"):
+    with pytest.raises(ValueError, match="a rule of sticking_the_landing=False"):
         optimize_local(key, target, own)
     jax.eval_shape(lambda: optimize_local(key, target, own, sticking_the_landing=False))
+    params = posterior.init(key)
+    for steps in ((), (1, 1), (3, 1), (-1, 2), (0, 1.5), 3):
+        with pytest.raises(ValueError, match="steps must be increasing integers of at least 0"):
+            local_curve(key, target, posterior, params, steps)  # pyright: ignore
+    with pytest.raises(ValueError, match="a rule of sticking_the_landing=False"):
+        local_curve(key, target, own, params, (0, 1))
+    with pytest.raises(ValueError, match="params must have the posterior's shapes"):
+        local_curve(key, target, posterior, posteriors.planar(4).init(key), (0, 1))
+
+
+# The curve after n steps
+
+
+@functools.cache
+def curve(steps, rule="fast", **options):
+    """local_curve of MODEL, vmapped: (keys [N], xs [N, X], starts: Gaussian) -> Estimate [N, S]."""
+
+    def one(key, x, start):
+        posterior = posteriors.gaussian(4)
+        params = posteriors.with_gaussian(posterior.init(key), start)
+        return local_curve(key, MODEL.target(x), posterior, params, steps, rule, **options)
+
+    return jax.jit(jax.vmap(one))
+
+
+def test_the_curve_goes_from_the_start_to_the_optimum(xs, zeros, log_px, gap):
+    found = curve((0, 10, 100, 2000))(keys_for(11, xs), xs, zeros)
+    assert found.log_px.shape == found.standard_error.shape == (8, 4)
+    start = log_px - jax.vmap(MODEL.kl)(xs, zeros)
+    errors = 4 * found.standard_error
+    assert np.all(np.abs(found.log_px[:, 0] - start) < errors[:, 0])
+    assert np.all(np.abs(found.log_px[:, -1] - (log_px - gap)) < errors[:, -1] + 0.05)
+    assert np.all(np.diff(found.log_px, axis=1) > 0)
+
+
+def test_the_curve_is_one_run(xs, zeros):
+    """Looking on the way changes no step: Adam's moments and the numbers of the steps go on."""
+    keys = keys_for(12, xs)
+    often, once = (curve(steps)(keys, xs, zeros) for steps in ((0, 1, 3, 10), (10,)))
+    np.testing.assert_allclose(once.log_weights[:, 0], often.log_weights[:, -1], rtol=1e-5)
+
+
+def test_the_curve_is_paired_on_samples_that_did_not_fit(xs, best):
+    """A step from the optimum gains nothing on fresh samples, and much on those it was taken on."""
+    xs = jnp.tile(xs, (100, 1))
+    best = jax.tree.map(lambda a: jnp.tile(a, (100, 1)), best)
+    rule = local.RULES["authors"]._replace(num_samples=1, learning_rate=0.03)
+    found = curve((0, 1), rule, num_samples=1)(keys_for(13, xs), xs, best)
+    gains = found.log_px[:, 1] - found.log_px[:, 0]
+    assert np.mean(gains) < 3 * np.std(gains) / np.sqrt(len(xs))
+    assert np.std(gains) < 0.2 * np.std(found.log_px[:, 0])
+
+
+def test_a_longer_curve_compiles_no_more(xs):
+    traces = []
+
+    def log_likelihood(x, z):
+        traces.append(1)
+        return densities.normal(x, z, jnp.ones(4))
+
+    posterior, counts = posteriors.gaussian(4), []
+    for steps in ((0, 1), (0, 300), (0, 1, 3, 10)):
+        before = len(traces)
+        target = Target(None, Partial(log_likelihood, xs[0][:4]), 4)
+        params = posterior.init(jax.random.key(0))
+        local_curve(jax.random.key(14), target, posterior, params, steps, num_samples=5)
+        counts.append(len(traces) - before)
+    assert counts[0] > 0
+    assert counts[1] == 0  # more steps
+    assert counts[2] <= counts[0]  # more bounds
 
 
 def optimize_digits(shared_dir, name, digits, **rule):

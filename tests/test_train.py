@@ -177,10 +177,11 @@ def test_steps_are_adam_on_the_mean_of_the_batch(digits):
         assert mean == pytest.approx(np.mean(elbos[2 * epoch : 2 * epoch + 2]), rel=1e-5)
 
 
-def test_chunks_change_no_bit(digits):
+@pytest.mark.parametrize("fields", [{}, {"on": "model", "freeze": "decoder"}], ids=str)
+def test_chunks_change_no_bit(digits, fields):
     results = []
     for stops in ([10], [1, 3, 6, 10]):  # epochs end at 4 and 8
-        task, keys, states = start(tiny_config(batch_size=10).train)
+        task, keys, states = start(tiny_config(batch_size=10, **fields).train)
         begin, ended = 0, {}
         for stop in stops:
             states, rows = train_step.train_chunk(
@@ -193,6 +194,34 @@ def test_chunks_change_no_bit(digits):
     assert list(ended) == [0, 1]
     assert results[0][1] == results[1][1]
     jax.tree.map(np.testing.assert_array_equal, results[0][0], results[1][0])
+
+
+def test_on_the_model_every_step_has_fresh_draws_of_it(digits):
+    # Without learning, the epochs' rows are the ELBOs of draws that anyone can make again.
+    fields = {"batch_size": 20, "on": "model", "freeze": "decoder", "learning_rate": 0.0}
+    task, keys, states = start(tiny_config(**fields).train)
+    variables = jax.tree.map(lambda leaf: leaf[0].copy(), states.variables)
+    _, rows = train_step.train_chunk(task, keys, states, digits.train.images, 0, 4)
+
+    @jax.jit
+    @jax.vmap
+    def draw(key):
+        return task.vae.simulate(key, variables)[1]
+
+    @jax.jit
+    @jax.vmap
+    def elbo(key, x):
+        terms, _ = task.vae.terms(key, variables, x, 1)
+        return jnp.mean(terms.log_likelihood + terms.log_prior - terms.log_q)
+
+    def step_keys(branch, step):
+        return jax.random.split(jax.random.fold_in(jax.random.fold_in(keys[0], branch), step), 20)
+
+    batches = [draw(step_keys(1, step)) for step in range(4)]
+    assert len(np.unique(np.concatenate(batches).reshape(80, -1), axis=0)) == 80
+    elbos = [np.mean(elbo(step_keys(2, step), x)) for step, x in enumerate(batches)]
+    expected = [elbos[0] + elbos[1], elbos[2] + elbos[3]]
+    np.testing.assert_allclose(rows["elbo"][0, :2], expected, rtol=1e-5)
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(digits):
@@ -266,9 +295,11 @@ def test_best_checkpoint_is_that_of_the_best_validation_epoch(tmp_path):
         checkpoints.load_variables(tmp_path, "epoch_7")
 
 
-@pytest.mark.parametrize("freeze", ["decoder", "encoder"])
-def test_frozen_parts_stay_bit_for_bit_and_have_no_optimizer_state(source, tmp_path, freeze):
-    warm = tiny_config(freeze=freeze)
+@pytest.mark.parametrize(
+    ("freeze", "on"), [("decoder", "data"), ("encoder", "data"), ("decoder", "model")]
+)
+def test_frozen_parts_stay_bit_for_bit_and_have_no_optimizer_state(source, tmp_path, freeze, on):
+    warm = tiny_config(freeze=freeze, on=on)
     warm.init_from, warm.init_parts = str(source), "decoder"
     train(warm, tmp_path)
     before, _ = checkpoints.load_variables(source)

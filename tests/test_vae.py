@@ -98,6 +98,45 @@ def test_amortised_flows_see_x(name):
     assert np.any(z != other_z)
 
 
+@pytest.mark.parametrize("name", ["planar", "hamiltonian"])
+def test_another_datapoint_compiles_nothing_and_has_its_own_target(name):
+    vae = make_vae(model(name, num_steps=1), SHAPE, 2)
+    variables = somewhere(vae)
+    traces = []
+
+    @jax.jit
+    def draw(sampler):
+        traces.append(1)
+        return sampler(KEY)
+
+    xs = images(KEY, 2)
+    found = [draw(vae.sampler(variables, x)) for x in xs]
+    assert len(traces) == 1
+    params = vae.encode(variables, xs[0])
+    sample = jax.jit(lambda x: vae.posterior(variables, x).sample(KEY, params))
+    own, other = map(sample, xs)
+    np.testing.assert_allclose(found[0][0], own[0], rtol=1e-4)
+    np.testing.assert_allclose(found[0][1], own[1], rtol=1e-4)
+    # The test tells the targets apart: a Hamiltonian q of the same params follows that of its x.
+    assert np.allclose(own[0], other[0], rtol=1e-3) == (name == "planar")
+
+
+def test_simulate_draws_z_of_the_prior_and_x_given_it():
+    vae, num = make_vae(model(), SHAPE, 2), 4000
+    variables = somewhere(vae)
+    z, x = jax.jit(jax.vmap(vae.simulate, (0, None)))(jax.random.split(KEY, num), variables)
+    assert np.all(np.abs(np.mean(z, axis=0)) < 4 / np.sqrt(num))
+    assert np.all(np.abs(np.mean(z**2, axis=0) - 1) < 4 * np.sqrt(2 / num))
+    assert set(np.unique(x)) == {0, 1}
+    mean = jax.jit(jax.vmap(vae.mean_x, (None, 0)))(variables, z)
+    assert np.mean(np.std(mean, axis=0)) > 0.05, "the test needs pixels that depend on z"
+    noise, variance = x - mean, mean * (1 - mean)
+    assert np.all(np.abs(np.mean(noise, axis=0)) < 4 * np.sqrt(np.mean(variance, axis=0) / num))
+    products = noise[..., None] * z[:, None, None, None]  # the noise is not that of z
+    errors = np.std(products, axis=0) / np.sqrt(num)
+    assert np.all(np.abs(np.mean(products, axis=0)) < 4.5 * errors)
+
+
 @pytest.mark.parametrize(("shape", "levels"), [((2, 3, 1), 2), ((1, 2, 1), 4), ((1, 1, 3), 3)])
 def test_likelihood_sums_to_one_over_all_images(shape, levels):
     vae = make_vae(model(), shape, levels)
