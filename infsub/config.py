@@ -83,6 +83,7 @@ NOT_NEGATIVE = (
     "train.patience",
     "train.keep_every",
     "train.checkpoint_seconds",
+    "evaluate.grid",
 )
 
 
@@ -159,6 +160,7 @@ def default() -> Config:
                 "curve": (),  # numbers of steps, such as (0, 1, 3, 10), to take L[q] after
             },
             "bdmc": {"num_points": 0},  # simulated points for the certificate; 0: none
+            "grid": 0,  # log p(x) by quadrature on so many cells a side, for latent_dim=2; 0: none
         },
         "report": {
             "min_ess": 4.0,  # AIS estimates of fewer effective chains are listed
@@ -247,6 +249,11 @@ def resolve(config: Config) -> Config:
             increasing_steps("config.evaluate.local.curve", evaluate.local.curve)
         except ValueError as error:
             raise UserError(f"{error}.") from error
+    if config.evaluate.grid and config.model.latent_dim != 2:
+        raise UserError(
+            f"config.evaluate.grid={config.evaluate.grid} needs config.model.latent_dim=2, a plane "
+            f"to lay a grid on; it is {config.model.latent_dim}."
+        )
     if config.train.annealing != "none" and config.train.annealing_epochs < 1:
         raise UserError(
             f"config.train.annealing={config.train.annealing} needs config.train.annealing_epochs "

@@ -15,19 +15,23 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import FrozenConfigDict
 
-from infsub import checkpoints, data, gaps, posteriors, records
+from infsub import checkpoints, data, gaps, grids, posteriors, records
 from infsub import config as configs
 from infsub.ais import ais
 from infsub.bdmc import bdmc
 from infsub.bounds import elbo, iwae
 from infsub.datapoints import map_datapoints
-from infsub.local import optimize_local
-from infsub.types import Array, Estimate, Gaussian, Key, Target, UserError
+from infsub.local import LocalResult, optimize_local
+from infsub.types import Array, Estimate, Gaussian, Key, Posterior, Target, UserError
 from infsub.vae import VAE, Variables, make_vae
 
 # Rows (datapoints × samples) a dispatch works on: what fits a CPU's caches, or fills a GPU.
 _ROWS = {"cpu": 1000}
 _ROWS_ACCELERATOR = 16_000
+DENSITIES = "posteriors.npz"
+# Datapoints whose posteriors are drawn, each on so many cells a side, a q from so many samples.
+_NUM_DRAWN, _NUM_CELLS, _NUM_SAMPLES = 6, 100, 400_000
+_BEYOND = 0.002  # of the true posterior, may lie beyond each side of its picture
 
 
 def evaluate(config: configs.Config, workdir: Path) -> list[int]:
@@ -36,8 +40,8 @@ def evaluate(config: configs.Config, workdir: Path) -> list[int]:
     A row holds index, label, and for every estimator its value and standard error in nats with its
     diagnostics. A datapoint's key is fold_in(seed's key, index), so neither blocks nor resuming
     change its numbers. With bdmc.num_points, `bdmc.jsonl` gets the two-sided bounds of points that
-    the model simulates. `config.evaluate.name` puts a second evaluation of a run in a folder of
-    its own.
+    the model simulates; with grid, `posteriors.npz` the densities of the first datapoints.
+    `config.evaluate.name` puts a second evaluation of a run in a folder of its own.
 
     Returns:
       Indices of the datapoints at which an estimate is not finite.
@@ -82,8 +86,22 @@ def evaluate(config: configs.Config, workdir: Path) -> list[int]:
             )
 
         _write_rows(folder / "bdmc.jsonl", "certifying", simulated, block_size, bounded)
-    bounds = [name for name in rows[0] if f"{name}_se" in rows[0]]
-    return [row["index"] for row in rows if not all(_finite(row[name]) for name in bounds)]
+    bounds = [name for name in rows[0] if name == "grid" or f"{name}_se" in rows[0]]
+    bad = [row["index"] for row in rows if not all(_finite(row[name]) for name in bounds)]
+    first = indices[~np.isin(indices, bad)][:_NUM_DRAWN]
+    if settings.grid and first.size and not (folder / DENSITIES).exists():
+        drawn = _bound(densities_of_datapoint, vae, settings)
+        arrays = {
+            "indices": first,
+            "images": images(first) / (dataset.levels - 1),
+            "families": [config.model.posterior.name, *settings.local.families],
+        }
+        arrays |= {} if split.labels is None else {"labels": split.labels[first]}
+        arrays |= map_datapoints(
+            drawn, key_rows, images(first), variables, block_size=len(first), indices=first
+        )
+        records.write_npz(folder / DENSITIES, arrays)
+    return bad
 
 
 def _finite(value: float | None) -> bool:
@@ -141,6 +159,8 @@ def _claim(workdir: Path, settings: Any, run: dict[str, Any], step: int) -> Path
         )
     if settings.name:
         folder.mkdir(exist_ok=True)
+    if there != used:
+        (folder / DENSITIES).unlink(missing_ok=True)  # of the evaluation that was removed
     run |= {"config": run["config"] | {"evaluate": settings.to_dict()}}
     records.write_json(folder / "config.json", run)
     records.write_json(folder / "evaluation.json", used)
@@ -188,22 +208,7 @@ def bounds_of_datapoint(
 
     start = None if settings.ais.start == "prior" else base
     for family in settings.local.families:
-        options = {"target": target} if family == "hamiltonian" else {}
-        posterior = posteriors.make(family, vae.latent_dim, **options)
-        key_init, key_fit, key_moments = jax.random.split(
-            jax.random.fold_in(key_local, zlib.crc32(family.encode())), 3
-        )
-        params = posterior.init(key_init)
-        if settings.local.preset == "fast":  # from the encoder; the authors start at N(0, I)
-            params = posteriors.with_gaussian(params, base)
-        local = optimize_local(
-            key_fit,
-            target,
-            posterior,
-            params,
-            settings.local.preset,
-            max_steps=settings.local.max_steps,
-        )
+        posterior, local, key_moments = _fit(key_local, family, target, base, settings)
         name = f"local_{family}"
         row |= _columns(name, local.elbo) | _columns(f"{name}_iwae", local.iwae)
         row |= {f"{name}_steps": local.num_steps, f"{name}_converged": local.converged}
@@ -217,7 +222,65 @@ def bounds_of_datapoint(
     }
     for name, estimate in estimates.items():
         row |= _columns(name, estimate)
+    if settings.grid:
+        truth = grids.log_px(target, settings.grid)
+        row |= {"grid": truth.log_px, "grid_error": truth.error}
     return row | _columns("log_px", gaps.tightest(*estimates.values()), diagnostics=False)
+
+
+def _fit(
+    key: Key, family: str, target: Target, base: Gaussian, settings: Any
+) -> tuple[Posterior, LocalResult, Key]:
+    """Local inference of one family: the family, its q*, and a key for what is done with it."""
+    options = {"target": target} if family == "hamiltonian" else {}
+    posterior = posteriors.make(family, target.latent_dim, **options)
+    key_init, key_fit, key_after = jax.random.split(
+        jax.random.fold_in(key, zlib.crc32(family.encode())), 3
+    )
+    params = posterior.init(key_init)
+    if settings.local.preset == "fast":  # from the encoder; the authors start at N(0, I)
+        params = posteriors.with_gaussian(params, base)
+    local = optimize_local(
+        key_fit,
+        target,
+        posterior,
+        params,
+        settings.local.preset,
+        max_steps=settings.local.max_steps,
+    )
+    return posterior, local, key_after
+
+
+def densities_of_datapoint(
+    key: Key, x: Array, variables: Variables, *, vae: VAE, settings: Any
+) -> dict[str, Array]:
+    """p(z|x) of one x, q(z|x) and each family's q*, the F of its row, on one grid; z is a plane.
+
+    Returns:
+      log_px [], low [2] and width [] of the window, truth [G, G], bounds [F], densities [F, G, G].
+    """
+    key_q, key_elbo, key_draw, _, key_local = jax.random.split(key, 5)
+    target, q = vae.target(variables, x), vae.sampler(variables, x)
+    base = _start(key_q, vae, variables, x)
+    bounds, samplers = [elbo(key_elbo, target, q, settings.elbo_samples)], [q]
+    for family in settings.local.families:
+        posterior, local, _ = _fit(key_local, family, target, base, settings)
+        bounds.append(local.elbo)
+        samplers.append(posteriors.sampler(posterior, local.params))
+    keys = jax.random.split(key_draw, len(samplers))
+    zs = [grids.draw(k, q, _NUM_SAMPLES) for k, q in zip(keys, samplers, strict=True)]
+    window = grids.find_window(target, settings.grid)
+    log_joint = grids.log_joint(target, window, settings.grid)
+    log_px = grids.integrate(log_joint, window).log_px
+    # A q that misses the posterior is to be seen where it is.
+    window = functools.reduce(grids.cover, zs, grids.zoom(window, log_joint, _BEYOND))
+    return {
+        "log_px": log_px,
+        **window._asdict(),
+        "truth": jnp.exp(grids.log_joint(target, window, _NUM_CELLS) - log_px),
+        "bounds": jnp.stack([bound.log_px for bound in bounds]),
+        "densities": jnp.stack([grids.histogram(z, window, _NUM_CELLS) for z in zs]),
+    }
 
 
 def _start(key: Key, vae: VAE, variables: Variables, x: Array) -> Gaussian:

@@ -114,8 +114,8 @@ def experiment(
         as evaluate.ais.num_temperatures a quarter of the scale's.
       shared: fields of all cells.
       scales: {scale: fields}, on top of SCALES.
-      figure: {"kind": "bars"}, {"kind": "steps"}, {"kind": "posteriors"} or {"kind": "curves",
-        "x": field, "y": quantities, "lines": fields}; see infsub.report.
+      figure: {"kind": "bars"}, {"kind": "steps"} or {"kind": "curves", "x": field,
+        "y": quantities, "lines": fields}; see infsub.report.
     """
     config = configs.default().unlock()
     config.scale = "small"

@@ -96,6 +96,13 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     write_bytes(path, text.getvalue().encode())
 
 
+def write_npz(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Arrays by name as a compressed npz file; of numbers and strings, so no reader needs pickle."""
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)
+    write_bytes(path, content.getvalue())
+
+
 def write_png(path: Path, image: np.ndarray) -> None:
     """uint8 [Y, X, 3] as a PNG file."""
     from PIL import Image

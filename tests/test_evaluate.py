@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
+from infsub import bounds, checkpoints, data, evaluate, grids, main, records
 from infsub import config as configs
-from infsub import data, evaluate, main, records
 from infsub.train import train
 from infsub.types import Target, UserError
+from infsub.vae import make_vae
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -98,6 +101,56 @@ def test_other_settings_do_not_mix(workdir):
     rows = records.read_rows(workdir / "rows.jsonl")
     assert [row["elbo"] for row in more] == [row["elbo"] for row in rows]
     assert [row["iwae"] for row in more] != [row["iwae"] for row in rows]
+
+
+def test_quadrature_and_the_densities_of_the_first_points(workdir, monkeypatch):
+    monkeypatch.setattr(evaluate, "_NUM_DRAWN", 2)
+    monkeypatch.setattr(evaluate, "_NUM_SAMPLES", 20_000)
+    fields = {"grid": 40, "first": 3, "local": {"families": ("full_gaussian",)}}
+    again(workdir, name="plane", **fields)
+    rows = records.read_rows(workdir / "plane" / "rows.jsonl")
+    for row in rows:
+        assert row["grid_error"] < 0.01
+        for name in ("elbo", "local_full_gaussian"):
+            assert row[name] < row["grid"] + 5 * row[f"{name}_se"]
+
+    path = workdir / "plane" / "posteriors.npz"
+    with np.load(path) as file:
+        arrays = dict(file)
+    assert arrays["indices"].tolist() == [0, 1]
+    split = data.load("mnist5k").train
+    np.testing.assert_array_equal(arrays["labels"], split.labels[:2])
+    np.testing.assert_array_equal(arrays["images"], data.batch(split.images, jnp.arange(2)))
+    assert arrays["families"].tolist() == ["gaussian", "full_gaussian"]
+    np.testing.assert_allclose(arrays["log_px"], [row["grid"] for row in rows[:2]], atol=2e-3)
+    # The very q and q* of the rows: their bounds are, but for rounding.
+    want = [[row["elbo"], row["local_full_gaussian"]] for row in rows[:2]]
+    np.testing.assert_allclose(arrays["bounds"], want, atol=0.01)
+    cells = (arrays["width"] / arrays["truth"].shape[-1]) ** 2
+    np.testing.assert_allclose(arrays["truth"].sum((1, 2)) * cells, 1, atol=0.01)
+    held = arrays["densities"].sum((2, 3)) * cells[:, None]
+    assert np.all((held > 0.97) & (held < 1 + 1e-5))
+    vae = make_vae(small().model, (28, 28, 1), 2)
+    variables, _ = checkpoints.load_variables(workdir)
+    for n, x in enumerate(arrays["images"]):
+        z = 0.05 * jnp.stack(jnp.meshgrid(*[jnp.arange(-240.0, 241)] * 2), axis=-1)
+        log_joint = jax.lax.map(jax.vmap(partial(bounds.log_joint, vae.target(variables, x))), z)
+        log_px = jax.nn.logsumexp(log_joint) + 2 * np.log(0.05)
+        np.testing.assert_allclose(arrays["log_px"][n], log_px, atol=2e-3)
+        # q lies where the encoder has put it.
+        z = grids.centres(grids.Window(arrays["low"][n], arrays["width"][n]), 100)
+        mean = np.einsum("ij,ijk->k", arrays["densities"][n, 0], z) * cells[n]
+        want = vae.encode(variables, x)["encoded"]["mean"]
+        np.testing.assert_allclose(mean, want, atol=0.02 * arrays["width"][n])
+
+    before = path.read_bytes()
+    again(workdir, name="plane", **fields)
+    assert path.read_bytes() == before
+    (workdir / "plane" / "rows.jsonl").unlink()
+    monkeypatch.setattr(evaluate, "_write_rows", lambda *_: [])
+    with pytest.raises(IndexError):
+        again(workdir, name="plane", **fields | {"grid": 50})
+    assert not path.exists(), "of other settings"
 
 
 def test_choices_of_points(tmp_path):

@@ -65,6 +65,10 @@ MISTAKES = {
         ["W", QUICK, "--config.data.name=mnist", "--config.data.dir=/nowhere"],
         "mnist is not in /nowhere/mnist/3.0.1: prepare it with",
     ),
+    "no plane": (
+        ["W", QUICK, "--config.evaluate.grid=50"],
+        "grid=50 needs config.model.latent_dim=2",
+    ),
     "frozen": (["W", QUICK, "--config.train.freeze=decoder"], "give config.init_from=WORKDIR"),
     "no source": (["W", QUICK, "--config.init_from=/nowhere"], "/nowhere holds no run"),
     "unwritable": (["--workdir=/proc/run", QUICK], "--workdir=/proc/run cannot be written to"),

@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 
 from infsub import config as configs
+from infsub import records
 from infsub import report as reports
 from infsub.report import __main__ as command
-from infsub.report import figures, tables
+from infsub.report import figures, pictures, tables
 from infsub.report.runs import load_run
 from infsub.types import UserError
 
@@ -133,6 +134,30 @@ def test_families_own_first_and_the_split_of_the_approximation_gap(tmp_path):
     assert any("planar, was not optimised locally" in n for n in load_run(str(tmp_path)).notes)
 
 
+def test_curves_are_what_local_steps_leave_and_no_lines_of_the_table(tmp_path):
+    def add(rows):
+        for row in rows:
+            for n, share in ((10, 0.9), (0, 0.0), (3, 0.5)):
+                after = row["elbo"] + share * (row["local_gaussian"] - row["elbo"])
+                row |= {f"after_{n}_gaussian": after, f"after_{n}_gaussian_se": 0.3}
+            row |= {"after_0_planar": -100.0, "after_0_planar_se": 0.1}  # no L[q*] of planar
+        rows[5]["after_10_gaussian"] = None
+
+    make_run(tmp_path)
+    plain = load_run(str(tmp_path))
+    make_run(tmp_path, edit=add)
+    run = load_run(str(tmp_path))
+    assert list(run.curves) == ["gaussian"]
+    assert [n for n, _ in run.curves["gaussian"]] == [0, 3]
+    gap = plain.quantities["amortization_gap_gaussian"]
+    for (_, left), share in zip(run.curves["gaussian"], (1, 0.5), strict=True):
+        np.testing.assert_allclose(left.values, share * gap.values)
+        np.testing.assert_allclose(left.errors, np.hypot(0.1, 0.3))
+        assert left.is_gap
+    assert [flag.indices for flag in run.flags if "after 10 steps" in flag.text] == [[35]]
+    assert tables.csv_rows([run]) == tables.csv_rows([plain])  # all datapoints, the same lines
+
+
 def test_datapoints_to_look_at_are_listed_by_dataset_index(tmp_path):
     def spoil(rows):
         rows[1]["ais"] = None
@@ -175,6 +200,26 @@ def test_bounds_out_of_order_and_an_estimator_that_failed_are_said(tmp_path):
     assert any("Negative" in n and "amortization gap FFG" in n for n in run.notes)
     assert [f.text for f in run.flags] == ["IWAE is finite nowhere, left out"]
     assert "iwae" not in run.quantities
+
+
+def test_quadrature_is_a_line_without_monte_carlo_error(tmp_path):
+    def add(rows):
+        for row in rows:
+            row |= {"grid": row["log_px"] - 0.1, "grid_error": 1e-4}
+        rows[2]["grid_error"] = 0.02
+        rows[4]["grid"] = None
+
+    make_run(tmp_path, edit=add)
+    run = load_run(str(tmp_path))
+    assert {flag.text: flag.indices for flag in run.flags} == {
+        "log p(x), grid is not finite at 1 of 40 datapoints, left out": [28],
+        "log p(x), grid: half the cells differ by over 0.01 nats at 1 of 39 datapoints": [14],
+    }
+    grid, log_px = run.quantities["grid"], run.quantities["log_px"]
+    np.testing.assert_allclose(grid.values, log_px.values - 0.1)
+    (line,) = [line for line in tables.markdown([run]) if line.startswith("| log p(x), grid |")]
+    assert f"| {grid.mean.mean:.2f} | {grid.mean.standard_error:.2f} | 0 |" in line
+    check_latex(tables.latex([run, run._replace(name="b")]))
 
 
 def test_certificate_is_one_sentence(tmp_path):
@@ -343,6 +388,78 @@ def test_figure_files_are_a_column_wide_and_repeatable(tmp_path):
     assert figures.encode(figures.gap_figure([one]), "png")
 
 
+def densities():
+    """What `posteriors.npz` holds, of two datapoints: q* full is the truth, the others FFG of it."""
+    steps = (np.arange(40) + 0.5) / 10 - 2
+    z = np.stack(np.meshgrid(steps, steps, indexing="ij"), axis=-1)
+    truth = np.exp(-0.5 * (z[..., 0] ** 2 + ((z[..., 1] - 0.9 * z[..., 0]) / 0.4) ** 2))
+    truth /= truth.sum() * 0.1**2
+    gaussian = np.exp(-0.5 * np.sum((z / 0.4) ** 2, axis=-1)) / (2 * np.pi * 0.4**2)
+    low = np.array([[-2, -2], [1, 5]])
+    return {
+        "indices": np.array([4, 9]),
+        "images": np.random.default_rng(0).random((2, 28, 28, 1)),
+        "families": ["auxiliary", "gaussian", "full_gaussian", "auxiliary"],
+        "log_px": np.array([-90.0, -100.0]),
+        "low": low,
+        "width": np.full(2, 4.0),
+        "truth": np.stack([truth, truth]),
+        "bounds": np.array([[-91.5, -90.5, -90.0, -90.1], [-103.0, -100.25, -100.0, -100.0]]),
+        "densities": np.stack([[gaussian, gaussian, truth, truth]] * 2),
+    }
+
+
+def test_posteriors_are_drawn_where_they_lie():
+    arrays = densities()
+    figure = pictures.picture_figure(arrays)
+    panels = np.array(figure.axes).reshape(2, 6)
+    assert [axes.get_title() for axes in panels[0]] == [
+        *("x", "p(z|x)", "q(z|x) AF", "q* FFG", "q* full", "q* AF")
+    ]
+    assert [axes.get_xlabel() for axes in panels[1, 1:]] == [
+        *("log p(x) −100.0", "KL ≤ 3.00 nats", "KL 0.25 nats", "KL 0.00 nats", "KL ≤ 0.00 nats")
+    ]
+    np.testing.assert_array_equal(panels[1, 0].images[0].get_array(), arrays["images"][1, ..., 0])
+    drawn = panels[1, 1].images[0]
+    assert drawn.get_extent() == [1, 5, 5, 9]
+    assert drawn.origin == "lower"
+    np.testing.assert_array_equal(drawn.get_array(), arrays["truth"][1].T)
+    histogram = panels[0, 3].images[0].get_array()  # smoothed, its mass kept
+    assert np.sum(histogram) == pytest.approx(np.sum(arrays["densities"][0, 1]), rel=1e-3)
+    np.testing.assert_allclose(histogram, arrays["densities"][0, 1].T, atol=0.05)
+    assert len({axes.images[0].get_clim() for axes in panels[0, 1:]}) == 1
+    # Along a line of the truth its density is the same, and half of its mass, or 95 %, lies within.
+    (lines,) = panels[0, 3].collections
+    truth = arrays["truth"][0]
+    levels = lines.levels
+    held = [truth[truth > level].sum() * 0.1**2 for level in levels]
+    np.testing.assert_allclose(held, [0.95, 0.5], atol=0.02)
+    for path, level in zip(lines.get_paths(), levels, strict=True):
+        z_1, z_2 = path.vertices.T
+        density = np.exp(-0.5 * (z_1**2 + ((z_2 - 0.9 * z_1) / 0.4) ** 2)) * truth.max()
+        np.testing.assert_allclose(density, level, rtol=0.1)
+
+
+def test_posteriors_are_files_of_the_report(tmp_path, capsys):
+    make_run(tmp_path)
+    records.write_npz(tmp_path / "posteriors.npz", densities())
+    reports.report(str(tmp_path))
+    assert ", posteriors.png, posteriors.pdf in" in capsys.readouterr().out
+    image = Image.open(io.BytesIO((tmp_path / "posteriors.png").read_bytes()))
+    assert image.width == pytest.approx(6.75 * 300, abs=1)
+    assert (tmp_path / "posteriors.pdf").read_bytes().startswith(b"%PDF")
+    cells = {"a": tmp_path, "b": tmp_path}
+    reports.experiment("Where?", {"kind": "bars"}, cells, tmp_path / "both", show=False)
+    for name in ("posteriors_a", "posteriors_b"):
+        same = (tmp_path / "both" / f"{name}.png").read_bytes()
+        assert same == (tmp_path / "posteriors.png").read_bytes()
+    whole = (tmp_path / "posteriors.npz").read_bytes()
+    for torn in (whole[:1000], b"", b"{}"):
+        (tmp_path / "posteriors.npz").write_bytes(torn)
+        with pytest.raises(UserError, match=r"posteriors\.npz is torn .*evaluate the run again"):
+            reports.report(str(tmp_path))
+
+
 @pytest.mark.parametrize("missing", ["matplotlib", "log_px"])
 def test_without_a_figure_the_tables_are_still_written(tmp_path, capsys, monkeypatch, missing):
     def strip(rows):
@@ -358,7 +475,7 @@ def test_without_a_figure_the_tables_are_still_written(tmp_path, capsys, monkeyp
     reports.report(str(tmp_path))
     assert (tmp_path / "table.tex").exists()
     assert not (tmp_path / "gaps.png").exists()
-    assert "No figure: " in capsys.readouterr().out
+    assert "no figure (" in capsys.readouterr().out
 
 
 def rewrite(name, text):

@@ -21,5 +21,4 @@ def get_config() -> Config:
             "evaluate.local.families": ("gaussian", "full_gaussian", "auxiliary"),
             "evaluate.grid": 200,
         },
-        figure={"kind": "posteriors"},
     )

@@ -9,6 +9,7 @@ are on the same datapoints.
 from __future__ import annotations
 
 import importlib.util
+import io
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,10 +29,13 @@ __all__ = ["experiment", "join", "report"]
 def report(workdir: str, show: bool = True) -> None:
     """Writes table.md, .csv, .tex and gaps.png, .pdf of one run into its workdir; prints the table.
 
+    Where evaluate.grid has left densities, posteriors.png and .pdf too.
+
     Raises:
       UserError: there are no rows, or they cannot be read, or nothing can be written there.
     """
-    _write([load_run(workdir)], Path(workdir), show=show)
+    folder = Path(workdir)
+    _write([load_run(workdir)], folder, show=show, densities={"posteriors": folder})
 
 
 def join(workdirs: Sequence[str], out: str) -> None:
@@ -56,6 +60,8 @@ def experiment(
 ) -> None:
     """The table of an experiment's cells under its question, and the figure that answers it.
 
+    Where evaluate.grid has left densities, posteriors_CELL.png and .pdf too.
+
     Args:
       title: first line of table.md.
       figure: its kind and that kind's arguments, see infsub.experiments.experiment.
@@ -67,7 +73,8 @@ def experiment(
       UserError: as `report`.
     """
     runs = [load_run(str(folder), name) for name, folder in evaluations.items()]
-    _write(runs, out, title, figure, show)
+    densities = {f"posteriors_{name}": folder for name, folder in evaluations.items()}
+    _write(runs, out, title, figure, show, densities)
 
 
 def _write(
@@ -76,6 +83,7 @@ def _write(
     title: str = "",
     figure: Mapping[str, Any] = MappingProxyType({"kind": "bars"}),
     show: bool = True,
+    densities: Mapping[str, Path] = MappingProxyType({}),
 ) -> None:
     table = tables.markdown(runs)
     page = [f"# {title}", ""] if title else []
@@ -85,7 +93,8 @@ def _write(
         records.write_bytes(out / "table.md", "\n".join(page).encode())
         records.write_csv(out / "table.csv", tables.csv_rows(runs))
         records.write_bytes(out / "table.tex", tables.latex(runs).encode())
-        drawn = [_draw(runs, out, dict(figure)), _draw_posteriors(out)]
+        drawn = [_draw(runs, out, dict(figure))]
+        drawn += [_draw_posteriors(folder, out / name) for name, folder in densities.items()]
     except OSError as error:
         raise UserError(f"{out} cannot be written to ({error.strerror}).") from error
     if not show:
@@ -119,20 +128,20 @@ def _draw(runs: list[Run], out: Path, figure: dict[str, Any]) -> str:
     return f"{name}.png, {name}.pdf"
 
 
-def _draw_posteriors(folder: Path) -> str:
-    """Draws the folder's densities, where `evaluate.grid` has left some; the names of the files."""
+def _draw_posteriors(folder: Path, out: Path) -> str:
+    """Draws a folder's densities, where there are some, as out.png and .pdf; the files' names."""
     path = folder / "posteriors.npz"
     if importlib.util.find_spec("matplotlib") is None or not path.exists():
         return ""
     from infsub.report import figures, pictures
 
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with np.load(io.BytesIO(path.read_bytes())) as arrays:
             drawn = pictures.picture_figure(dict(arrays))
-    except (ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(
             f"{path} is torn ({error}): remove it and evaluate the run again."
         ) from error
     for suffix in ("png", "pdf"):
-        records.write_bytes(folder / f"posteriors.{suffix}", figures.encode(drawn, suffix))
-    return "posteriors.png, posteriors.pdf"
+        records.write_bytes(Path(f"{out}.{suffix}"), figures.encode(drawn, suffix))
+    return f"{out.name}.png, {out.name}.pdf"

@@ -1,0 +1,112 @@
+"""Pictures of posteriors of two latent dimensions: where each q fails."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+
+from infsub.report.figures import SMALL, STYLE
+from infsub.report.runs import FAMILIES
+
+WIDTH = 6.75  # inches, a paper's page
+LINES = "#0072B2"  # the true posterior's, over every q
+MASSES = (0.95, 0.5)  # inside the lines
+# log q of these families is of z and v together, so log p(x) − L[q] bounds the KL from above.
+BOUNDED = ("auxiliary", "hamiltonian")
+
+
+def _colors() -> ListedColormap:
+    """Magma, which is perceptually uniform, from its bright end, and that faded into the paper."""
+    colors = mpl.colormaps["magma_r"](np.linspace(0, 1, 256))
+    paleness = np.linspace(1, 0, 32)[:, None]
+    colors[:32] = paleness + (1 - paleness) * colors[:32]
+    return ListedColormap(colors)
+
+
+def picture_figure(arrays: Mapping[str, np.ndarray]) -> Figure:
+    """A row a datapoint: x, p(z|x), q(z|x) and each family's q*, all on the row's window and scale.
+
+    Lines hold 50 % and 95 % of the true posterior. Below each q stands KL(q‖p) = log p(x) − L[q].
+
+    Args:
+      arrays: of `posteriors.npz`: images [N, H, W, C], families [F], log_px [N], low [N, 2],
+        width [N], truth [N, G, G], bounds [N, F], densities [N, F, G, G].
+    """
+    families = [str(family) for family in arrays["families"]]
+    names = [FAMILIES.get(family, family) for family in families]
+    titles = ["x", "p(z|x)", f"q(z|x) {names[0]}", *(f"q* {name}" for name in names[1:])]
+    num_rows, num_columns = len(arrays["images"]), len(titles)
+    side = WIDTH / num_columns
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, num_rows * (side + 0.1) + 0.2))
+        figure.set_layout_engine("constrained", w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+        grid = np.asarray(figure.subplots(num_rows, num_columns, squeeze=False))
+        for axes, title in zip(grid[0], titles, strict=True):
+            axes.set_title(title, fontsize=7, pad=3)
+        for n, (image_axes, truth_axes, *q_axes) in enumerate(grid):
+            _bare(image_axes)
+            image_axes.imshow(arrays["images"][n].squeeze(), cmap="gray_r", vmin=0, vmax=1)
+            truth, log_px = arrays["truth"][n], arrays["log_px"][n]
+            low, width = arrays["low"][n], arrays["width"][n]
+            densities = [_smoothed(density) for density in arrays["densities"][n]]
+            top = max(truth.max(), *(density.max() for density in densities))
+            _draw_density(truth_axes, truth, truth, low, width, top)
+            truth_axes.set_xlabel(f"log p(x) {log_px:.1f}".replace("-", "−"), fontsize=SMALL)
+            _draw_scale(truth_axes, low, width)
+            for axes, density, family, bound in zip(
+                q_axes, densities, families, arrays["bounds"][n], strict=True
+            ):
+                _draw_density(axes, density, truth, low, width, top)
+                sign = "≤ " if family in BOUNDED else ""
+                kl = f"KL {sign}{log_px - bound:.2f} nats".replace("-", "−")
+                axes.set_xlabel(kl, fontsize=SMALL)
+    return figure
+
+
+def _bare(axes: Axes) -> None:
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_visible(True)
+    axes.spines[:].set(linewidth=0.4, color="0.6")
+    axes.xaxis.labelpad = 2
+
+
+def _draw_density(
+    axes: Axes, density: np.ndarray, truth: np.ndarray, low: np.ndarray, width: float, top: float
+) -> None:
+    """A density [G, G] in colour, with the lines of the truth [G, G]."""
+    _bare(axes)
+    extent = (low[0], low[0] + width, low[1], low[1] + width)
+    options: Any = {"origin": "lower", "extent": extent}
+    axes.imshow(density.T, cmap=_colors(), vmin=0, vmax=top, interpolation="bilinear", **options)
+    axes.contour(truth.T, levels=_levels(truth), colors=LINES, linewidths=0.5, **options)
+
+
+def _levels(truth: np.ndarray) -> list[float]:
+    """The densities on the borders of the smallest regions that hold MASSES."""
+    ordered = np.sort(truth.ravel())[::-1]
+    held = np.cumsum(ordered) / np.sum(ordered)
+    return [float(ordered[np.searchsorted(held, mass)]) for mass in MASSES]
+
+
+def _smoothed(density: np.ndarray) -> np.ndarray:
+    """A histogram [G, G] averaged over neighbours, 1:2:1 along each axis: less of its noise."""
+    for _ in range(2):
+        padded = np.pad(density, ((1, 1), (0, 0)))
+        density = ((padded[:-2] + 2 * padded[1:-1] + padded[2:]) / 4).T
+    return density
+
+
+def _draw_scale(axes: Axes, low: np.ndarray, width: float) -> None:
+    """A bar of a round length, the prior's standard deviation being 1."""
+    decade = 10.0 ** np.floor(np.log10(width / 2))
+    length = max(step * decade for step in (1, 2, 5) if step * decade <= width / 2)
+    x, y = low + 0.06 * width
+    axes.plot([x, x + length], [y, y], color="black", lw=0.8)
+    axes.text(x + length / 2, y + 0.02 * width, f"{length:g}", size=5, ha="center", va="bottom")

@@ -1,0 +1,153 @@
+"""Quadrature of two latent dimensions against closed forms, and the estimators against quadrature."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.scipy.stats import multivariate_normal
+from jax.tree_util import Partial
+from models import linear_gaussian
+
+import infsub
+from infsub import densities, grids
+from infsub.types import Gaussian, Target
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+G = 64
+
+
+@pytest.fixture(scope="module", params=[0.5, 0.02])
+def quadratures(request):
+    """20 datapoints; with little noise a posterior is as narrow as a twentieth of a first cell."""
+    model = linear_gaussian(2, 5, noise=request.param)
+
+    @jax.jit
+    @jax.vmap
+    def one(key):
+        _, x = model.simulate(key)
+        target = model.target(x)
+        window = grids.find_window(target, G)
+        values = grids.log_joint(target, window, G)
+        return x, window, values, grids.integrate(values, window), grids.log_px(target, G)
+
+    return model, *one(jax.random.split(jax.random.key(3), 20))
+
+
+def test_log_px_is_the_closed_form(quadratures):
+    model, xs, _, _, integral, log_px = quadratures
+    want = jax.vmap(model.log_px)(xs)
+    np.testing.assert_allclose(log_px.log_px, want, atol=1e-3)
+    np.testing.assert_allclose(integral.log_px, want, atol=1e-3)
+    assert np.all(log_px.error < 1e-2)
+
+
+def test_density_is_the_posterior(quadratures):
+    model, xs, windows, values, integral, _ = quadratures
+    mean, cov = jax.vmap(model.posterior)(xs)
+    z = jax.vmap(lambda window: grids.centres(window, G))(windows)
+    want = multivariate_normal.logpdf(z, mean[:, None, None], cov[:, None, None])
+    got = values - integral.log_px[:, None, None]
+    near = want > want.max((1, 2), keepdims=True) - 10
+    np.testing.assert_allclose(got[near], want[near], atol=0.02)  # log p(x, z) of 1e4 nats, float32
+    # All of it within, and not lost in the window either.
+    spread = jnp.sqrt(jnp.diagonal(cov, axis1=1, axis2=2))
+    low, width = windows.low, windows.width[:, None]
+    assert np.all(low < mean - 3.8 * spread)
+    assert np.all(low + width > mean + 3.8 * spread)
+    assert np.all(width[:, 0] < 14 * spread.max(axis=1))
+
+
+@pytest.mark.parametrize("shift", [7.5, -11.0])
+def test_a_posterior_far_from_the_prior_is_found(shift):
+    target = Target(
+        None, Partial(lambda shift, z: -0.5 * jnp.sum(((z - shift) / 0.1) ** 2), shift), 2
+    )
+    # N(z; 0, I) · exp(−‖z − s‖² / 2v), v = 0.01, integrates to v / (1 + v) exp(−‖s‖² / 2(1 + v)).
+    want = np.log(0.01 / 1.01) - shift**2 / 1.01
+    np.testing.assert_allclose(grids.log_px(target, G).log_px, want, rtol=1e-5)
+
+
+def test_a_coarse_grid_says_so():
+    model = linear_gaussian(2, 5)
+    target = model.target(model.simulate(jax.random.key(0))[1])
+    errors = [grids.log_px(target, num_cells).error for num_cells in (6, 12, 48)]
+    assert errors[0] > 0.05
+    assert errors[2] < 1e-3
+
+
+def test_histogram_is_the_density_within_poisson_errors():
+    q = Gaussian(jnp.array([0.5, -1.0]), jnp.array([0.3, 0.2]))
+    window = grids.Window(jnp.array([-1.0, -2.2]), jnp.asarray(2.6))
+    num_samples = 100_000
+    z = grids.draw(jax.random.key(0), q, num_samples)
+    histogram = grids.histogram(z, window, G)
+    area = (window.width / G) ** 2
+    inside = jnp.all((z >= window.low) & (z < window.low + window.width), axis=1)
+    np.testing.assert_allclose(jnp.sum(histogram) * area, jnp.mean(inside), rtol=1e-5)
+    log_q = jax.vmap(jax.vmap(lambda z: densities.normal(z, *q)))(grids.centres(window, G))
+    expected = np.asarray(jnp.exp(log_q) * area * num_samples)
+    counts = np.asarray(histogram * area * num_samples)
+    likely = expected > 10
+    squares = (counts - expected)[likely] ** 2 / expected[likely]
+    assert abs(squares.mean() - 1) < 3 * np.sqrt(2 / likely.sum())
+
+
+def test_a_histogram_leaves_out_what_lies_outside():
+    window = grids.Window(jnp.array([1.0, 2.0]), jnp.asarray(4.0))
+    z = jnp.array([[1.5, 2.5], [4.5, 2.5], [0.9, 3.0], [3.0, 6.1], [jnp.nan, 3.0]])
+    # Of the first axis the first cell, then the second; both low on the second axis.
+    np.testing.assert_allclose(grids.histogram(z, window, 2), [[0.05, 0], [0.05, 0]])
+
+
+def test_a_window_covers_samples_and_keeps_what_it_had():
+    window = grids.Window(jnp.array([0.0, 0.0]), jnp.asarray(1.0))
+    z = grids.draw(jax.random.key(1), Gaussian(jnp.array([3.0, 0.5]), jnp.full(2, 0.1)), 20_000)
+    covering = grids.cover(window, z)
+    low, high = covering.low, covering.low + covering.width
+    assert np.all(low <= window.low)
+    assert np.all(high >= window.low + window.width)
+    assert jnp.mean(jnp.all((z > low) & (z < high), axis=1)) == pytest.approx(0.99, abs=0.003)
+    inside = 0.5 + 0.1 * (z - z.mean(axis=0))
+    for same, want in zip(grids.cover(window, inside), window, strict=True):
+        np.testing.assert_allclose(same, want)
+
+
+def curved(weights, x, z):
+    """log p(x|z) of bits [30] whose logits bend with z: posteriors like bananas, and with two modes."""
+    w_1, w_2 = weights
+    return densities.bernoulli_logits(x, w_2 @ jnp.sin(w_1 @ z))
+
+
+def test_iwae_and_ais_agree_with_quadrature():
+    key_1, key_2 = jax.random.split(jax.random.key(0))
+    weights = jax.random.normal(key_1, (8, 2)), 0.7 * jax.random.normal(key_2, (30, 8))
+
+    def one(key, _, weights):
+        key_z, key_x, key_iwae, key_ais = jax.random.split(key, 4)
+        z = jax.random.normal(key_z, (2,))
+        x = jax.random.bernoulli(key_x, jax.nn.sigmoid(weights[1] @ jnp.sin(weights[0] @ z)))
+        target = Target(None, Partial(curved, weights, x.astype(z.dtype)), 2)
+        truth = grids.log_px(target, 100)
+        prior = Gaussian(jnp.zeros(2), jnp.ones(2))
+        iwae = infsub.iwae(key_iwae, target, prior, 2000)
+        ais = infsub.ais(key_ais, target, None, num_chains=8, num_temperatures=20, num_leapfrog=3)
+        return truth, jnp.stack([iwae.log_px, ais.log_px]) - truth.log_px
+
+    num_points = 60
+    truth, excess = infsub.map_datapoints(one, jax.random.key(1), np.arange(num_points), weights)
+    assert truth.error.max() < 0.01
+    ratios = np.exp(excess)  # both estimate p(x) without bias
+    errors = ratios.std(axis=0) / np.sqrt(num_points)
+    assert np.all(np.abs(ratios.mean(axis=0) - 1) < 3 * errors)
+    assert np.all(errors < 0.1)
+
+
+def test_mistakes():
+    model = linear_gaussian(3, 5)
+    with pytest.raises(ValueError, match="latent_dim=2, a plane; got 3"):
+        grids.log_px(model.target(jnp.zeros(5)))
+    with pytest.raises(ValueError, match="num_cells must be a positive integer; got 0"):
+        grids.log_px(linear_gaussian(2, 5).target(jnp.zeros(5)), 0)
