@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 import zlib
 from collections.abc import Callable
@@ -21,13 +22,14 @@ from infsub.ais import ais
 from infsub.bdmc import bdmc
 from infsub.bounds import elbo, iwae
 from infsub.datapoints import map_datapoints
-from infsub.local import LocalResult, optimize_local
-from infsub.types import Array, Estimate, Gaussian, Key, Posterior, Target, UserError
+from infsub.local import LocalResult, local_curve, optimize_local
+from infsub.types import Array, Estimate, Gaussian, Key, Params, Posterior, Target, UserError
 from infsub.vae import VAE, Variables, make_vae
 
 # Rows (datapoints × samples) a dispatch works on: what fits a CPU's caches, or fills a GPU.
-_ROWS = {"cpu": 1000}
+_ROWS = {"cpu": 320}
 _ROWS_ACCELERATOR = 16_000
+_MEASURED = ("elbo_samples", "iwae_samples", "ais", "local", "grid")  # config.evaluate's fields
 DENSITIES = "posteriors.npz"
 # Datapoints whose posteriors are drawn, each on so many cells a side, a q from so many samples.
 _NUM_DRAWN, _NUM_CELLS, _NUM_SAMPLES = 6, 100, 400_000
@@ -51,19 +53,25 @@ def evaluate(config: configs.Config, workdir: Path) -> list[int]:
     """
     run, settings = records.read_run(workdir), config.evaluate
     dataset = data.load(**{"data_dir" if k == "dir" else k: v for k, v in config.data.items()})
-    split = dataset.split(settings.split)
-    indices = choose(split, settings)
     variables, step = checkpoints.load_variables(workdir, settings.checkpoint)
     variables = jax.device_put(variables)
     vae = make_vae(config.model, dataset.image_shape, dataset.levels)
-    folder = _claim(workdir, settings, run, step)
     key_rows, key_bdmc, key_images = jax.random.split(jax.random.key(config.seed), 3)
+    facts: dict[str, Any] = {"step": step}
+    if settings.split == "model":
+        split = simulate(key_images, vae, variables, settings.first or 10 * settings.per_class)
+        facts["images"] = hashlib.sha256(np.asarray(split.images.values).tobytes()).hexdigest()[:16]
+    else:
+        split = dataset.split(settings.split)
+    indices = choose(split, settings)
+    folder = _claim(workdir, settings, run, facts)
     rows_per_block = _ROWS.get(jax.default_backend(), _ROWS_ACCELERATOR)
     block_size = settings.block_size or max(1, rows_per_block // settings.ais.num_chains)
     block_size = -(-len(indices) // -(-len(indices) // block_size))  # blocks of equal size
 
     chunk_size = max(1, rows_per_block // block_size)
-    point = _bound(bounds_of_datapoint, vae, settings, chunk_size=chunk_size)
+    own = config.model.posterior.name
+    point = _bound(bounds_of_datapoint, vae, settings, chunk_size=chunk_size, own=own)
 
     def images(block: np.ndarray) -> np.ndarray:
         return np.asarray(data.batch(split.images, jnp.asarray(block), key_images))
@@ -94,7 +102,7 @@ def evaluate(config: configs.Config, workdir: Path) -> list[int]:
         arrays = {
             "indices": first,
             "images": images(first) / (dataset.levels - 1),
-            "families": [config.model.posterior.name, *settings.local.families],
+            "families": [own, *settings.local.families],
         }
         arrays |= {} if split.labels is None else {"labels": split.labels[first]}
         arrays |= map_datapoints(
@@ -108,14 +116,30 @@ def _finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def _bound(function: Callable[..., Any], vae: VAE, settings: Any, **options: int) -> Any:
-    """`function` with its static arguments; the same object for equal ones, so it compiles once."""
-    return _cached_bound(function, vae, FrozenConfigDict(settings), tuple(options.items()))
+def _bound(function: Callable[..., Any], vae: VAE, settings: Any, **options: Any) -> Any:
+    """`function` with its static arguments; the same object for equal ones, so it compiles once.
+
+    Of the settings only those that it computes with: which points they are does not compile anew.
+    """
+    used = FrozenConfigDict({name: settings[name] for name in _MEASURED})
+    return _cached_bound(function, vae, used, tuple(options.items()))
 
 
 @functools.cache
 def _cached_bound(function: Any, vae: VAE, settings: Any, options: tuple[Any, ...]) -> Any:
     return partial(function, vae=vae, settings=settings, **dict(options))
+
+
+def simulate(key: Key, vae: VAE, variables: Variables, num_points: int) -> data.Split:
+    """N draws x ~ p(x) of the model as a split without labels; index i uses fold_in(key, i)."""
+
+    def draw(key: Key, _: Array, variables: Variables) -> Array:
+        return vae.simulate(key, variables)[1].astype(jnp.uint8)
+
+    values = jnp.asarray(map_datapoints(draw, key, np.arange(num_points), variables))
+    _, height, width, channels = values.shape
+    images = data.Images(values, "levels", (height, width, channels))
+    return data.Split(images, None, num_points)
 
 
 def choose(split: data.Split, settings: Any) -> np.ndarray:
@@ -145,11 +169,11 @@ def _read_indices(path: Path, size: int) -> np.ndarray:
     return indices
 
 
-def _claim(workdir: Path, settings: Any, run: dict[str, Any], step: int) -> Path:
+def _claim(workdir: Path, settings: Any, run: dict[str, Any], facts: dict[str, Any]) -> Path:
     """The folder of this evaluation, whose config.json says with which settings it is made."""
     folder = workdir / settings.name if settings.name else workdir
     used = {n: v for n, v in configs.flatten(settings) if n not in ("block_size", "name")}
-    used = {n: list(v) if isinstance(v, tuple) else v for n, v in used.items()} | {"step": step}
+    used = {n: list(v) if isinstance(v, tuple) else v for n, v in used.items()} | facts
     there = records.read_json(folder / "evaluation.json")
     if there is not None and there != used and records.read_rows(folder / "rows.jsonl"):
         raise UserError(
@@ -198,9 +222,12 @@ def _write_rows(
 
 
 def bounds_of_datapoint(
-    key: Key, x: Array, variables: Variables, *, vae: VAE, settings: Any, chunk_size: int
+    key: Key, x: Array, variables: Variables, *, vae: VAE, settings: Any, chunk_size: int, own: str
 ) -> dict[str, Array]:
-    """Every bound of one x [H, W, C] as named scalars: value, `_se`, diagnostics; all in nats."""
+    """Every bound of one x [H, W, C] as named scalars: value, `_se`, diagnostics; all in nats.
+
+    `own` is the encoder's family.
+    """
     key_q, key_elbo, key_iwae, key_ais, key_local = jax.random.split(key, 5)
     target, q = vae.target(variables, x), vae.sampler(variables, x)
     base = _start(key_q, vae, variables, x)
@@ -208,12 +235,27 @@ def bounds_of_datapoint(
 
     start = None if settings.ais.start == "prior" else base
     for family in settings.local.families:
-        posterior, local, key_moments = _fit(key_local, family, target, base, settings)
+        posterior, params, local, key_after = _fit(key_local, family, target, base, settings)
+        key_moments, key_curve = jax.random.split(key_after)
         name = f"local_{family}"
         row |= _columns(name, local.elbo) | _columns(f"{name}_iwae", local.iwae)
         row |= {f"{name}_steps": local.num_steps, f"{name}_converged": local.converged}
         if settings.ais.start == "local" and family == settings.local.families[0]:
             start = posteriors.moment_matched(key_moments, posterior, local.params)
+        if steps := settings.local.curve:
+            if family == own:  # from the encoder's output itself: after 0 steps, L[q]
+                posterior, params = vae.posterior(variables, x), vae.encode(variables, x)
+            curve = local_curve(
+                key_curve,
+                target,
+                posterior,
+                params,
+                steps,
+                settings.local.preset,
+                num_samples=settings.elbo_samples,
+            )
+            for n, value, error in zip(steps, curve.log_px, curve.standard_error, strict=True):
+                row |= {f"after_{n}_{family}": value, f"after_{n}_{family}_se": error}
 
     options = {k: v for k, v in settings.ais.items() if k != "start"}
     estimates = {
@@ -230,8 +272,8 @@ def bounds_of_datapoint(
 
 def _fit(
     key: Key, family: str, target: Target, base: Gaussian, settings: Any
-) -> tuple[Posterior, LocalResult, Key]:
-    """Local inference of one family: the family, its q*, and a key for what is done with it."""
+) -> tuple[Posterior, Params, LocalResult, Key]:
+    """Local inference of one family: it, its start, its q*, and a key for what is done with them."""
     options = {"target": target} if family == "hamiltonian" else {}
     posterior = posteriors.make(family, target.latent_dim, **options)
     key_init, key_fit, key_after = jax.random.split(
@@ -248,7 +290,7 @@ def _fit(
         settings.local.preset,
         max_steps=settings.local.max_steps,
     )
-    return posterior, local, key_after
+    return posterior, params, local, key_after
 
 
 def densities_of_datapoint(
@@ -264,7 +306,7 @@ def densities_of_datapoint(
     base = _start(key_q, vae, variables, x)
     bounds, samplers = [elbo(key_elbo, target, q, settings.elbo_samples)], [q]
     for family in settings.local.families:
-        posterior, local, _ = _fit(key_local, family, target, base, settings)
+        posterior, _, local, _ = _fit(key_local, family, target, base, settings)
         bounds.append(local.elbo)
         samplers.append(posteriors.sampler(posterior, local.params))
     keys = jax.random.split(key_draw, len(samplers))
@@ -303,22 +345,17 @@ def _columns(name: str, estimate: Estimate, diagnostics: bool = True) -> dict[st
     return columns
 
 
-def simulate(key: Key, variables: Variables, *, vae: VAE) -> tuple[Array, Target, Gaussian]:
-    """A datapoint of the model's own: z ~ p(z), the target of x ~ p(x|z), the encoder's Gaussian."""
-    key_z, key_x, key_q = jax.random.split(key, 3)
-    z = jax.random.normal(key_z, (vae.latent_dim,))
-    x = vae.sample_x(key_x, variables, z)
-    return z, vae.target(variables, x), _start(key_q, vae, variables, x)
-
-
 def certify_datapoint(
     key: Key, _: Array, variables: Variables, *, vae: VAE, settings: Any
 ) -> dict[str, Array]:
     """The two-sided bounds of one datapoint that the model simulates, as named scalars in nats."""
 
     def model(key: Key) -> tuple[Array, Target, Gaussian | None]:
-        z, target, q = simulate(key, variables, vae=vae)
-        return z, target, None if settings.ais.start == "prior" else q
+        key_model, key_q = jax.random.split(key)
+        z, x = vae.simulate(key_model, variables)
+        from_prior = settings.ais.start == "prior"
+        q = None if from_prior else _start(key_q, vae, variables, x)
+        return z, vae.target(variables, x), q
 
     options = {k: v for k, v in settings.ais.items() if k not in ("start", "adaptation")}
     result = bdmc(key, model, **options)

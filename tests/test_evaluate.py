@@ -10,9 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from jax.flatten_util import ravel_pytree
 
 from infsub import bounds, checkpoints, data, evaluate, grids, main, records
 from infsub import config as configs
+from infsub.datapoints import map_datapoints
+from infsub.report.runs import load_run
 from infsub.train import train
 from infsub.types import Target, UserError
 from infsub.vae import make_vae
@@ -88,6 +91,53 @@ def test_a_killed_evaluation_ends_with_the_same_numbers(trained, workdir, kept):
         assert records.read_rows(workdir / name) == records.read_rows(trained / name)
 
 
+def test_points_of_the_model(trained, workdir):
+    """Row i is of the model's draw i, whatever else is drawn; the report takes it for other data."""
+    curve = {"local": {"curve": (0, 2)}}
+    again(workdir, name="own", split="model", per_class=0, first=5, **curve)
+    rows = records.read_rows(workdir / "own" / "rows.jsonl")
+    assert [row["index"] for row in rows] == list(range(5))
+    for row in rows:
+        assert row["label"] is None
+        for name in ("after_0_gaussian", "after_2_gaussian"):
+            assert np.isfinite([row[name], row[f"{name}_se"]]).all()
+    variables, _ = checkpoints.load_variables(workdir)
+    vae = make_vae(small().model, (28, 28, 1), 2)
+    key = jax.random.split(jax.random.key(0), 3)[2]
+    few, more = (evaluate.simulate(key, vae, variables, n).images.values for n in (2, 5))
+    np.testing.assert_array_equal(few, more[:2])
+    assert set(np.unique(more)) == {0, 1}
+    _, x = vae.simulate(jax.random.fold_in(key, 1), variables)
+    np.testing.assert_array_equal(x, more[1])
+
+    other = shutil.copytree(workdir / "own", workdir / "other")
+    facts = records.read_json(other / "evaluation.json")
+    records.write_json(other / "evaluation.json", facts | {"images": "of another decoder"})
+    loaded = [load_run(str(workdir / name)).data for name in ("", "own", "other")]
+    assert len(set(loaded)) == 3
+
+
+def test_the_curve_of_the_own_family_starts_at_the_amortised_q():
+    """The encoder's planar flow, of other options than local inference's, is where n = 0 is."""
+    config = small(local={"families": ("planar",), "curve": (0, 30), "max_steps": 100})
+    config = config.copy_and_resolve_references().unlock()
+    config.model.posterior = configs.posterior("planar", num_steps=4)
+    config.evaluate.elbo_samples = 2000
+    vae = make_vae(config.model, (28, 28, 1), 2)
+    variables = jax.jit(vae.init)(jax.random.key(0))
+    # Away from the first weights, of which the flow is so slight that a Gaussian start is as good.
+    flat, unravel = ravel_pytree(variables["encoder"])
+    noise = 0.1 * jax.random.normal(jax.random.key(1), flat.shape)
+    variables |= {"encoder": unravel(flat + noise)}
+    xs = data.batch(data.load("mnist5k").train.images, jnp.arange(4))
+    settings = {"vae": vae, "settings": config.evaluate, "chunk_size": 50}
+    bounds = partial(evaluate.bounds_of_datapoint, own="planar", **settings)
+    row = map_datapoints(bounds, jax.random.key(2), xs, variables)
+    errors = np.hypot(row["after_0_planar_se"], row["elbo_se"])
+    assert np.all(np.abs(row["after_0_planar"] - row["elbo"]) < 4 * errors)
+    assert np.all(row["after_30_planar"] > row["after_0_planar"])
+
+
 @pytest.mark.slow
 def test_other_settings_do_not_mix(workdir):
     before = (workdir / "rows.jsonl").read_bytes()
@@ -133,9 +183,9 @@ def test_quadrature_and_the_densities_of_the_first_points(workdir, monkeypatch):
     vae = make_vae(small().model, (28, 28, 1), 2)
     variables, _ = checkpoints.load_variables(workdir)
     for n, x in enumerate(arrays["images"]):
-        z = 0.05 * jnp.stack(jnp.meshgrid(*[jnp.arange(-240.0, 241)] * 2), axis=-1)
+        z = 0.1 * jnp.stack(jnp.meshgrid(*[jnp.arange(-120.0, 121)] * 2), axis=-1)
         log_joint = jax.lax.map(jax.vmap(partial(bounds.log_joint, vae.target(variables, x))), z)
-        log_px = jax.nn.logsumexp(log_joint) + 2 * np.log(0.05)
+        log_px = jax.nn.logsumexp(log_joint) + 2 * np.log(0.1)
         np.testing.assert_allclose(arrays["log_px"][n], log_px, atol=2e-3)
         # q lies where the encoder has put it.
         z = grids.centres(grids.Window(arrays["low"][n], arrays["width"][n]), 100)

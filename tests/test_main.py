@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -8,7 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+from absl import flags
 from forks import commands
+from ml_collections import config_flags
+
+from infsub import config as configs
 
 ROOT = Path(__file__).parent.parent
 QUICK = f"--config={ROOT / 'configs/quickstart.py'}"
@@ -70,6 +75,19 @@ MISTAKES = {
         "grid=50 needs config.model.latent_dim=2",
     ),
     "frozen": (["W", QUICK, "--config.train.freeze=decoder"], "give config.init_from=WORKDIR"),
+    "on model": (["W", QUICK, "--config.train.on=model"], "give config.train.freeze=decoder and"),
+    "split": (
+        ["W", QUICK, "--config.evaluate.split=dev"],
+        "split is 'dev'; it must be one of train, validation, test, model.",
+    ),
+    "no end": (
+        ["W", QUICK, "--config.evaluate.split=model", "--config.evaluate.per_class=0"],
+        "give config.evaluate.first=N",
+    ),
+    "curve": (
+        ["W", QUICK, "--config.evaluate.local.curve=(0,3,1)"],
+        r"config.evaluate.local.curve must be increasing .*got \(0, 3, 1\)",
+    ),
     "no source": (["W", QUICK, "--config.init_from=/nowhere"], "/nowhere holds no run"),
     "unwritable": (["--workdir=/proc/run", QUICK], "--workdir=/proc/run cannot be written to"),
     "override alone": (["W", "--config.seed=3"], "give --config=FILE.py too"),
@@ -95,6 +113,21 @@ def test_a_mistake_is_one_clear_sentence_and_code_2(command, tmp_path, mistake):
     assert lines[0].startswith("infsub: ")
     assert re.search(expected, lines[0]), log
     assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"), [("(0,1,3)", (0, 1, 3)), ("0,1,3", (0, 1, 3)), ("3", (3,)), ("()", ())]
+)
+def test_a_curve_on_the_command_line_is_a_tuple_to_the_end(text, steps):
+    values, argv = flags.FlagValues(), ["", f"--config.evaluate.local.curve={text}"]
+    default = configs.default()
+    config_flags.DEFINE_config_dict("config", default, flag_values=values, sys_argv=argv)
+    values(argv)
+    resolved = configs.resolve(values.config)
+    saved = json.loads(json.dumps(configs.to_json(resolved)))
+    for config in (resolved, configs.from_json(saved), configs.resolve(configs.from_json(saved))):
+        assert config.evaluate.local.curve == steps
+        assert isinstance(config.evaluate.local.curve, tuple)
 
 
 def test_help_and_import_take_seconds():

@@ -141,6 +141,22 @@ def test_seeds_are_resumed_together(command: Command, tmp_path: Path) -> None:
         assert_same(tmp_path / "run" / seed, tmp_path / "whole" / seed)
 
 
+@pytest.mark.slow
+def test_resume_keeps_batch_statistics(command: Command, tmp_path: Path) -> None:
+    arguments = ["--config.train.num_epochs=3"]
+    for part in ("encoder", "decoder"):
+        arguments += [f"--config.model.{part}.kind=conv", f"--config.model.{part}.hidden=(2,2,2)"]
+    result = command(tmp_path / "whole", *arguments)
+    assert result["code"] == 0, result["log"]
+    run = tmp_path / "run"
+    kill = {"signal": signal.SIGKILL, "seconds": 0, "glob": str(run / "metrics.jsonl"), "lines": 2}
+    assert command(run, *arguments, kill=kill)["code"] == -signal.SIGKILL
+    assert "continuing" in command(run, *arguments)["log"]
+    names = [name for name in contents(run) if "batch_stats" in name]
+    assert len(names) >= 8  # means and variances of both networks, also of the best checkpoint
+    assert_same(run, tmp_path / "whole")
+
+
 def test_a_finished_run_is_left_alone(command: Command, whole: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()}
     before.pop(whole / "config.json")
