@@ -27,8 +27,9 @@ from infsub.types import Array, Estimate, Gaussian, Key, Params, Posterior, Targ
 from infsub.vae import VAE, Variables, make_vae
 
 # Rows (datapoints × samples) a dispatch works on: what fits a CPU's caches, or fills a GPU.
-_ROWS = {"cpu": 1000}
+_ROWS = {"cpu": 320}
 _ROWS_ACCELERATOR = 16_000
+_MEASURED = ("elbo_samples", "iwae_samples", "ais", "local", "grid")  # config.evaluate's fields
 DENSITIES = "posteriors.npz"
 # Datapoints whose posteriors are drawn, each on so many cells a side, a q from so many samples.
 _NUM_DRAWN, _NUM_CELLS, _NUM_SAMPLES = 6, 100, 400_000
@@ -116,8 +117,12 @@ def _finite(value: float | None) -> bool:
 
 
 def _bound(function: Callable[..., Any], vae: VAE, settings: Any, **options: Any) -> Any:
-    """`function` with its static arguments; the same object for equal ones, so it compiles once."""
-    return _cached_bound(function, vae, FrozenConfigDict(settings), tuple(options.items()))
+    """`function` with its static arguments; the same object for equal ones, so it compiles once.
+
+    Of the settings only those that it computes with: which points they are does not compile anew.
+    """
+    used = FrozenConfigDict({name: settings[name] for name in _MEASURED})
+    return _cached_bound(function, vae, used, tuple(options.items()))
 
 
 @functools.cache
