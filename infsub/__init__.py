@@ -5,7 +5,7 @@ from infsub.ais import ais, ais_with_info
 from infsub.bdmc import bdmc, reverse_ais
 from infsub.bounds import elbo, iwae
 from infsub.datapoints import map_datapoints
-from infsub.local import LocalResult, optimize_local
+from infsub.local import LocalResult, local_curve, optimize_local
 from infsub.types import Estimate, Gaussian, Posterior, Target
 
 # The functions `ais` and `bdmc` are named like the modules they live in: they are bound here, after
@@ -21,6 +21,7 @@ __all__ = [
     "bdmc",
     "elbo",
     "iwae",
+    "local_curve",
     "map_datapoints",
     "optimize_local",
     "posteriors",
