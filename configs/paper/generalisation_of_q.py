@@ -8,7 +8,12 @@ from __future__ import annotations
 from infsub.config import Config
 from infsub.experiments import experiment
 
-FRESH = {"init_from": "@source", "init_parts": "decoder", "train.freeze": "decoder"}
+FRESH = {
+    "init_from": "@source",
+    "init_parts": "decoder",
+    "train.freeze": "decoder",
+    "evaluate.checkpoint": "last",  # the best one is chosen on data, which q_model never sees
+}
 
 
 def get_config() -> Config:
