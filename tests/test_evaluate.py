@@ -27,12 +27,20 @@ def small(**fields):
     config = tiny.get_config()
     config.train.num_epochs = 2
     config.evaluate.update(
-        {"per_class": 1, "block_size": 4, "elbo_samples": 20, "iwae_samples": 50}
+        {"per_class": 1, "block_size": 4, "elbo_samples": 20, "iwae_samples": 50, "grid": 40}
     )
     config.evaluate.ais.update({"num_chains": 4, "num_temperatures": 5, "num_leapfrog": 2})
     config.evaluate.local.max_steps = 100
     config.evaluate.update(fields)
     return configs.resolve(config)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_pictures():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "_NUM_DRAWN", 2)
+        patch.setattr(evaluate, "_NUM_SAMPLES", 20_000)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +84,10 @@ def test_rows(trained):
 
 
 def test_all_is_done(workdir):
-    before = (workdir / "rows.jsonl").read_bytes()
+    before = {path: path.read_bytes() for path in workdir.glob("*.[jn]*")}
+    assert {"rows.jsonl", "posteriors.npz"} <= {path.name for path in before}
     assert again(workdir) == []
-    assert (workdir / "rows.jsonl").read_bytes() == before
+    assert {path: path.read_bytes() for path in before} == before
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.37, 0.95])
@@ -154,35 +163,31 @@ def test_other_settings_do_not_mix(workdir):
     assert [row["iwae"] for row in more] != [row["iwae"] for row in rows]
 
 
-def test_quadrature_and_the_densities_of_the_first_points(workdir, monkeypatch):
-    monkeypatch.setattr(evaluate, "_NUM_DRAWN", 2)
-    monkeypatch.setattr(evaluate, "_NUM_SAMPLES", 20_000)
-    fields = {"grid": 40, "first": 3, "local": {"families": ("full_gaussian",)}}
-    again(workdir, name="plane", **fields)
-    rows = records.read_rows(workdir / "plane" / "rows.jsonl")
+def test_quadrature_and_the_densities_of_the_first_points(trained):
+    rows = records.read_rows(trained / "rows.jsonl")
     for row in rows:
         assert row["grid_error"] < 0.01
-        for name in ("elbo", "local_full_gaussian"):
+        for name in ("elbo", "local_gaussian"):
             assert row[name] < row["grid"] + 5 * row[f"{name}_se"]
 
-    path = workdir / "plane" / "posteriors.npz"
-    with np.load(path) as file:
+    with np.load(trained / "posteriors.npz") as file:
         arrays = dict(file)
-    assert arrays["indices"].tolist() == [0, 1]
+    first = [row["index"] for row in rows[:2]]
+    assert arrays["indices"].tolist() == first
     split = data.load("mnist5k").train
-    np.testing.assert_array_equal(arrays["labels"], split.labels[:2])
-    np.testing.assert_array_equal(arrays["images"], data.batch(split.images, jnp.arange(2)))
-    assert arrays["families"].tolist() == ["gaussian", "full_gaussian"]
+    np.testing.assert_array_equal(arrays["labels"], split.labels[first])
+    np.testing.assert_array_equal(arrays["images"], data.batch(split.images, jnp.array(first)))
+    assert arrays["families"].tolist() == ["gaussian", "gaussian"]  # the encoder's, and local
     np.testing.assert_allclose(arrays["log_px"], [row["grid"] for row in rows[:2]], atol=2e-3)
     # The very q and q* of the rows: their bounds are, but for rounding.
-    want = [[row["elbo"], row["local_full_gaussian"]] for row in rows[:2]]
+    want = [[row["elbo"], row["local_gaussian"]] for row in rows[:2]]
     np.testing.assert_allclose(arrays["bounds"], want, atol=0.01)
     cells = (arrays["width"] / arrays["truth"].shape[-1]) ** 2
     np.testing.assert_allclose(arrays["truth"].sum((1, 2)) * cells, 1, atol=0.01)
     held = arrays["densities"].sum((2, 3)) * cells[:, None]
     assert np.all((held > 0.97) & (held < 1 + 1e-5))
     vae = make_vae(small().model, (28, 28, 1), 2)
-    variables, _ = checkpoints.load_variables(workdir)
+    variables, _ = checkpoints.load_variables(trained)
     for n, x in enumerate(arrays["images"]):
         z = 0.1 * jnp.stack(jnp.meshgrid(*[jnp.arange(-120.0, 121)] * 2), axis=-1)
         log_joint = jax.lax.map(jax.vmap(partial(bounds.log_joint, vae.target(variables, x))), z)
@@ -194,14 +199,17 @@ def test_quadrature_and_the_densities_of_the_first_points(workdir, monkeypatch):
         want = vae.encode(variables, x)["encoded"]["mean"]
         np.testing.assert_allclose(mean, want, atol=0.02 * arrays["width"][n])
 
-    before = path.read_bytes()
-    again(workdir, name="plane", **fields)
-    assert path.read_bytes() == before
-    (workdir / "plane" / "rows.jsonl").unlink()
-    monkeypatch.setattr(evaluate, "_write_rows", lambda *_: [])
-    with pytest.raises(IndexError):
-        again(workdir, name="plane", **fields | {"grid": 50})
-    assert not path.exists(), "of other settings"
+
+def test_densities_of_other_settings_do_not_stay(workdir, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "_write_rows", stop)
+    for grid in (40, 50):
+        (workdir / "rows.jsonl").unlink(missing_ok=True)
+        with pytest.raises(KeyboardInterrupt):
+            again(workdir, grid=grid)
+        assert (workdir / "posteriors.npz").exists() == (grid == 40)
 
 
 def test_choices_of_points(tmp_path):
@@ -246,7 +254,7 @@ def test_non_finite_datapoints_are_named(workdir, monkeypatch, capsys):
         return vae._replace(target=target)
 
     monkeypatch.setattr(evaluate, "make_vae", broken)
-    config = small(name="broken")
+    config = small(name="broken", grid=0)
     with pytest.raises(records.Stopped, match=str(bad[0])) as stopped:
         main.run("evaluate", config, workdir)
     assert stopped.value.exit_code == 1
