@@ -64,12 +64,13 @@ _CONV = {
 }
 # What a data set asks for at a scale. XLA is slow at convolutions on a CPU: `small` has narrow ones.
 _NARROW = _CONV | {"model.encoder.hidden": (16, 32, 64), "model.decoder.hidden": (64, 32, 16)}
+_NARROWEST = _CONV | {"model.encoder.hidden": (4, 4, 4), "model.decoder.hidden": (4, 4, 4)}
 DATA_SETS: dict[str, dict[str, dict[str, Any]]] = {
     "cifar10": {
         "paper": _CONV | {"train.annealing_epochs": 50, "evaluate.per_class": 10},
         "small": _NARROW
         | {"train.num_epochs": 3, "train.annealing_epochs": 1, "evaluate.per_class": 1},
-        "smoke": _NARROW,
+        "smoke": _NARROWEST,
     }
 }
 
@@ -102,6 +103,7 @@ def experiment(
     *,
     shared: Fields | None = None,
     scales: Mapping[str, Fields] | None = None,
+    smoke: Sequence[str] = (),
     figure: Fields | None = None,
 ) -> configs.Config:
     """The config of an experiment: every field of a run, `scale`, and `experiment`, the data below.
@@ -111,9 +113,11 @@ def experiment(
       question: what its figure answers.
       cells: {name: fields}. A value "@CELL" of init_from is that cell's run. `of` = CELL is another
         evaluation of that cell's run. "@1/4" as evaluate.checkpoint is after a quarter of the epochs,
-        as evaluate.ais.num_temperatures a quarter of the scale's.
+        as evaluate.ais.num_temperatures a quarter of the scale's; as model.encoder.hidden it widens
+        the first layer of the scale's.
       shared: fields of all cells.
       scales: {scale: fields}, on top of SCALES.
+      smoke: the cells that scale `smoke` runs, one of each kind; none: all.
       figure: {"kind": "bars"}, {"kind": "steps"} or {"kind": "curves", "x": field,
         "y": quantities, "lines": fields}; see infsub.report.
     """
@@ -126,6 +130,7 @@ def experiment(
         "cells": tuple(
             (cell, tuple({**(shared or {}), **fields}.items())) for cell, fields in cells.items()
         ),
+        "smoke": tuple(smoke),
         "scales": {scale: tuple(fields.items()) for scale, fields in (scales or {}).items()},
         "figure": dict(figure or {"kind": "bars"}),
     }
@@ -206,6 +211,9 @@ def _shares(fields: dict[str, Any], under: dict[str, Any]) -> dict[str, Any]:
         share = Fraction(value[1:])
         if name == "evaluate.checkpoint":
             return f"epoch_{round(share * values['train.num_epochs'])}"
+        if name == "model.encoder.hidden":
+            first, *rest = values[name]
+            return (round(share * first), *rest)
         return round(share * values[name])
 
     return {n: value(n, v) for n, v in fields.items()}
@@ -248,7 +256,7 @@ def run(
 
     Args:
       config, workdir, overrides: as in `expand`.
-      only: cells to run, with those that they need; none: all.
+      only: cells to run, with those that they need; none: all, or at smoke one of each kind.
 
     Returns:
       The exit code: 1 when a cell failed, else 0.
@@ -264,7 +272,8 @@ def run(
             f"--cells names {', '.join(sorted(unknown))}; {config.experiment.name} has "
             f"{', '.join(known)}."
         )
-    wanted = set(only or known)
+    kinds = config.experiment.smoke if config.scale == "smoke" else ()
+    wanted = set(only or kinds or known)
     for cell in reversed(cells):  # sources come before their users
         wanted |= set(cell.needs) if cell.name in wanted else set()
     folder = workdir / config.experiment.name
@@ -308,7 +317,7 @@ def _done(cell: Cell) -> dict[str, Any] | None:
 
 def _run_cell(cell: Cell, folder: Path, states: Mapping[str, str]) -> str:
     """Trains and evaluates; "" or, in a sentence, what went wrong."""
-    from infsub import evaluate, report, train  # jax and flax: not for a mistake in an experiment
+    from infsub import evaluate, train  # jax and flax: not for a mistake in an experiment
 
     if missing := [name for name in cell.needs if states.get(name)]:
         return f"not run, for it needs {missing[0]}"
@@ -317,7 +326,6 @@ def _run_cell(cell: Cell, folder: Path, states: Mapping[str, str]) -> str:
     try:
         train.train(cell.config, cell.folder)
         bad = evaluate.evaluate(cell.config, cell.folder)
-        report.report(str(cell.evaluation), show=False)
     except Exception as error:
         if isinstance(error, records.Stopped) and error.exit_code > 1:
             raise  # a signal, not a failing cell
@@ -354,7 +362,8 @@ def _summarise(
     if ended:
         given = config.experiment
         title = f"{given.question} ({given.name}, scale {config.scale})"
-        report.experiment(title, given.figure.to_dict(), ended, folder, show)
+        figure = given.figure.to_dict() if show else None  # drawn once, at the end
+        report.experiment(title, figure, ended, folder)
     if show:
         counts = f"{len(ended)} of {len(cells)} cells of {config.experiment.name} are done"
         text = "".join(f"; {name}: {why}" for name, why in wrong.items())

@@ -22,6 +22,13 @@ def shared_dir() -> Path:
     return shared
 
 
+@pytest.fixture(scope="session")
+def compilations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of compiled programs that the processes of this test run share."""
+    base = tmp_path_factory.getbasetemp()  # of one of several workers, it lies in that of all
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compilations"
+
+
 @pytest.fixture(scope="module")
 def quick_compilation():
     """For modules whose time goes into compiling, not computing: XLA optimises little."""

@@ -26,10 +26,10 @@ Command = Callable[..., dict[str, Any]]
 
 
 @contextlib.contextmanager
-def commands(folder: Path) -> Iterator[Command]:
-    """command(*argv, kill=…) -> answer, from a process that keeps its log and compilations in `folder`."""
+def commands(folder: Path, compilations: Path) -> Iterator[Command]:
+    """command(*argv, kill=…) -> answer, from a process that logs in `folder`; compiled once for all."""
     variables = {
-        "JAX_COMPILATION_CACHE_DIR": str(folder),
+        "JAX_COMPILATION_CACHE_DIR": str(compilations),
         "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_COMPILATION_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",

@@ -9,7 +9,7 @@ from infsub.config import Config
 from infsub.experiments import experiment
 
 DATA_SETS = ("binarized_mnist", "fashion_mnist", "cifar10")
-TEMPERATURES = {"quarter": "1/4", "half": "1/2", "full": "1", "double": "2"}  # of the scale's
+TEMPERATURES = {"half": "1/2", "full": "1", "double": "2"}  # of the scale's
 
 
 def get_config() -> Config:
@@ -28,6 +28,7 @@ def get_config() -> Config:
             for name, share in TEMPERATURES.items()
         },
         shared={"evaluate.local.families": ()},
+        smoke=("binarized_mnist_gaussian_half", "binarized_mnist_gaussian_full"),
         scales={
             "paper": {"evaluate.bdmc.num_points": 1000},
             "small": {"evaluate.bdmc.num_points": 200},

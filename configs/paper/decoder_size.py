@@ -26,4 +26,5 @@ def get_config() -> Config:
             for name, hidden in DECODERS.items()
         },
         shared={"evaluate.local.families": ("gaussian", "full_gaussian")},
+        smoke=("decoder_linear", "decoder_4x200"),
     )

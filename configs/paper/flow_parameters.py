@@ -31,4 +31,5 @@ def get_config() -> Config:
             },
         },
         shared={"data.name": "binarized_mnist"},
+        smoke=("linear_gaussian", "linear_planar"),
     )

@@ -10,7 +10,7 @@ from infsub.experiments import experiment
 
 
 def get_config() -> Config:
-    """Encoders of [200, 200] and [500, 500]; on CIFAR-10 the convolutional one and a wide one."""
+    """Encoders of [200, 200] and [500, 500]; on CIFAR-10 a convolutional one and a wider one."""
     return experiment(
         "larger_encoder",
         "Does encoder capacity shrink the amortization gap?",
@@ -21,6 +21,7 @@ def get_config() -> Config:
                 "model.encoder.hidden": (500, 500),
             },
             "conv": {"data.name": "cifar10"},
-            "conv_wide": {"data.name": "cifar10", "model.encoder.hidden": (128, 256, 256)},
+            "conv_wide": {"data.name": "cifar10", "model.encoder.hidden": "@2"},
         },
+        smoke=("encoder_200_200", "conv_wide"),
     )

@@ -22,5 +22,6 @@ def get_config() -> Config:
             "data.name": "binarized_mnist",
             "evaluate.local.curve": (0, 1, 3, 10, 30, 100, 300, 1000),
         },
+        smoke=("gaussian",),
         figure={"kind": "steps"},
     )

@@ -22,4 +22,5 @@ def get_config() -> Config:
             for q in ("gaussian", "auxiliary")
         },
         shared={"evaluate.local.families": ("gaussian", "full_gaussian", "auxiliary")},
+        smoke=("binarized_mnist_gaussian", "binarized_mnist_auxiliary"),
     )

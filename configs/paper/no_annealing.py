@@ -24,4 +24,5 @@ def get_config() -> Config:
             for q in ("gaussian", "auxiliary")
             for annealing in ("entropy", "none")
         },
+        smoke=("gaussian_entropy", "gaussian_none"),
     )

@@ -21,4 +21,5 @@ def get_config() -> Config:
             "evaluate.local.families": ("gaussian", "full_gaussian", "auxiliary"),
             "evaluate.grid": 200,
         },
+        smoke=("gaussian",),
     )

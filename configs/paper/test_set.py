@@ -24,4 +24,5 @@ def get_config() -> Config:
             for split in ("train", "test")
         },
         shared={"data.name": "binarized_mnist"},
+        smoke=("gaussian_train", "gaussian_test"),
     )

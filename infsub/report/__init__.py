@@ -26,7 +26,7 @@ from infsub.types import UserError
 __all__ = ["experiment", "join", "report"]
 
 
-def report(workdir: str, show: bool = True) -> None:
+def report(workdir: str) -> None:
     """Writes table.md, .csv, .tex and gaps.png, .pdf of one run into its workdir; prints the table.
 
     Where evaluate.grid has left densities, posteriors.png and .pdf too.
@@ -35,7 +35,7 @@ def report(workdir: str, show: bool = True) -> None:
       UserError: there are no rows, or they cannot be read, or nothing can be written there.
     """
     folder = Path(workdir)
-    _write([load_run(workdir)], folder, show=show, densities={"posteriors": folder})
+    _write([load_run(workdir)], folder, densities={"posteriors": folder})
 
 
 def join(workdirs: Sequence[str], out: str) -> None:
@@ -56,7 +56,7 @@ def join(workdirs: Sequence[str], out: str) -> None:
 
 
 def experiment(
-    title: str, figure: Mapping[str, Any], evaluations: Mapping[str, Path], out: Path, show: bool
+    title: str, figure: Mapping[str, Any] | None, evaluations: Mapping[str, Path], out: Path
 ) -> None:
     """The table of an experiment's cells under its question, and the figure that answers it.
 
@@ -64,25 +64,24 @@ def experiment(
 
     Args:
       title: first line of table.md.
-      figure: its kind and that kind's arguments, see infsub.experiments.experiment.
+      figure: its kind and that kind's arguments, see infsub.experiments.experiment; None: only the
+        table, and nothing is printed.
       evaluations: {cell: folder of its rows}.
       out: folder to write into.
-      show: whether to print the table.
 
     Raises:
       UserError: as `report`.
     """
     runs = [load_run(str(folder), name) for name, folder in evaluations.items()]
     densities = {f"posteriors_{name}": folder for name, folder in evaluations.items()}
-    _write(runs, out, title, figure, show, densities)
+    _write(runs, out, title, figure, densities)
 
 
 def _write(
     runs: list[Run],
     out: Path,
     title: str = "",
-    figure: Mapping[str, Any] = MappingProxyType({"kind": "bars"}),
-    show: bool = True,
+    figure: Mapping[str, Any] | None = MappingProxyType({"kind": "bars"}),
     densities: Mapping[str, Path] = MappingProxyType({}),
 ) -> None:
     table = tables.markdown(runs)
@@ -93,12 +92,12 @@ def _write(
         records.write_bytes(out / "table.md", "\n".join(page).encode())
         records.write_csv(out / "table.csv", tables.csv_rows(runs))
         records.write_bytes(out / "table.tex", tables.latex(runs).encode())
+        if figure is None:
+            return
         drawn = [_draw(runs, out, dict(figure))]
         drawn += [_draw_posteriors(folder, out / name) for name, folder in densities.items()]
     except OSError as error:
         raise UserError(f"{out} cannot be written to ({error.strerror}).") from error
-    if not show:
-        return
     print("\n".join(table))
     for run in runs:
         for text in (*run.notes, *(flag.text for flag in run.flags)):
