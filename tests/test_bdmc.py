@@ -43,6 +43,7 @@ def test_the_truth_lies_between():
     )
 
 
+@pytest.mark.slow
 def test_the_gap_closes_with_temperatures():
     model, num_points = linear_gaussian(20, 40, noise=0.3), 100
 
@@ -59,6 +60,7 @@ def test_the_gap_closes_with_temperatures():
     )
 
 
+@pytest.mark.slow
 def test_both_directions_run_the_same_kernels():
     """Frozen step sizes given by hand: reverse_ais inside bdmc is the public one."""
     model = linear_gaussian(3, 6)

@@ -17,6 +17,8 @@ from models import linear_gaussian
 import infsub
 from infsub.types import Gaussian, Target
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 MODEL = linear_gaussian(4, 8)
 XS = jax.vmap(MODEL.simulate)(jax.random.split(jax.random.key(0), 23))[1]
 
@@ -67,6 +69,7 @@ def test_all_blocks_share_one_compilation():
     assert done == [(n, 23) for n in (4, 8, 12, 16, 20, 23)] * 2
 
 
+@pytest.mark.slow
 def test_several_devices_give_the_same_numbers(whole, tmp_path):
     script = tmp_path / "devices.py"
     script.write_text(

@@ -100,6 +100,7 @@ def test_a_killed_evaluation_ends_with_the_same_numbers(trained, workdir, kept):
         assert records.read_rows(workdir / name) == records.read_rows(trained / name)
 
 
+@pytest.mark.slow
 def test_points_of_the_model(trained, workdir):
     """Row i is of the model's draw i, whatever else is drawn; the report takes it for other data."""
     curve = {"local": {"curve": (0, 2)}}
@@ -127,6 +128,7 @@ def test_points_of_the_model(trained, workdir):
     assert len(set(loaded)) == 3
 
 
+@pytest.mark.slow
 def test_the_curve_of_the_own_family_starts_at_the_amortised_q():
     """The encoder's planar flow, of other options than local inference's, is where n = 0 is."""
     config = small(local={"families": ("planar",), "curve": (0, 30), "max_steps": 100})
@@ -233,6 +235,7 @@ def test_choices_of_points(tmp_path):
             evaluate.choose(split, by_file)
 
 
+@pytest.mark.slow
 def test_non_finite_datapoints_are_named(workdir, monkeypatch, capsys):
     """A likelihood that is NaN where the first lit pixel lies low: those rows alone, by index."""
     good = {row["index"]: row for row in records.read_rows(workdir / "rows.jsonl")}

@@ -313,6 +313,7 @@ def gaussian_digits(shared_dir):
     return optimize_digits(shared_dir, "gaussian", slice(None), num_final_samples=1000)
 
 
+@pytest.mark.slow
 def test_gaussian_on_the_published_model(gaussian_digits):
     """L[q*_FFG] of the 100 digits: −88.43 … −88.47 in the reproduction's own files."""
     found = gaussian_digits

@@ -51,6 +51,7 @@ def test_iwae(oracle):
     assert np.mean(estimate.pareto_k > 0.7) > 0.5
 
 
+@pytest.mark.slow
 def test_ais_from_the_encoder(oracle):
     params, xs = oracle
 

@@ -449,7 +449,7 @@ def test_posteriors_are_files_of_the_report(tmp_path, capsys):
     assert image.width == pytest.approx(6.75 * 300, abs=1)
     assert (tmp_path / "posteriors.pdf").read_bytes().startswith(b"%PDF")
     out = tmp_path / "both"
-    reports.experiment("Where?", {"kind": "bars"}, {"a": tmp_path}, out, show=False)
+    reports.experiment("Where?", {"kind": "bars"}, {"a": tmp_path}, out)
     same = (out / "posteriors_a.png").read_bytes()
     assert same == (tmp_path / "posteriors.png").read_bytes()
     whole = (tmp_path / "posteriors.npz").read_bytes()

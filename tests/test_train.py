@@ -394,6 +394,7 @@ jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-4)
 """
 
 
+@pytest.mark.slow
 def test_devices_share_each_batch_and_reach_the_same_numbers():
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     folder = os.path.dirname(tiny.__file__)
