@@ -52,6 +52,7 @@ def step_figure(runs: Sequence[Run]) -> Figure:
     axes.set_xscale("symlog", linthresh=1, linscale=0.4)
     axes.set_xticks(steps, [f"{n:g}" for n in steps])
     axes.minorticks_off()
+    axes.set_xlim(-0.3, 1.5 * max(steps))
     axes.axhline(0, color="black", lw=0.6)
     return figure
 
