@@ -30,7 +30,17 @@ class Line(NamedTuple):
 def curve_figure(runs: Sequence[Run], x: str, y: Sequence[str], lines: Sequence[str]) -> Figure:
     """A panel for each quantity of `y`, against the setting `x`; a line for each value of `lines`."""
     panels = {label(name): _lines(runs, x, name, lines) for name in y}
-    return _figure(panels, _AXES.get(x, x), footer(runs), "nats")
+    foot = footer(runs)
+    if "certificate" in y:  # not of the datapoints that the rows are of
+        sizes = {
+            r.quantities["certificate"].values.size for r in runs if "certificate" in r.quantities
+        }
+        seeds = sorted({str(run.settings.get("seed")) for run in runs})
+        foot = (
+            f"Mean ± standard error over {' or '.join(map(str, sorted(sizes)))} datapoints that each "
+            f"model simulates; seed {', '.join(seeds)}."
+        )
+    return _figure(panels, _AXES.get(x, x), foot, "nats")
 
 
 def step_figure(runs: Sequence[Run]) -> Figure:
