@@ -249,9 +249,9 @@ def resolve(config: Config) -> Config:
             increasing_steps("config.evaluate.local.curve", evaluate.local.curve)
         except ValueError as error:
             raise UserError(f"{error}.") from error
-    if config.evaluate.grid and config.model.latent_dim != 2:
+    if evaluate.grid and config.model.latent_dim != 2:
         raise UserError(
-            f"config.evaluate.grid={config.evaluate.grid} needs config.model.latent_dim=2, a plane "
+            f"config.evaluate.grid={evaluate.grid} needs config.model.latent_dim=2, a plane "
             f"to lay a grid on; it is {config.model.latent_dim}."
         )
     if config.train.annealing != "none" and config.train.annealing_epochs < 1:

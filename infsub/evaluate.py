@@ -98,15 +98,15 @@ def evaluate(config: configs.Config, workdir: Path) -> list[int]:
     bad = [row["index"] for row in rows if not all(_finite(row[name]) for name in bounds)]
     first = indices[~np.isin(indices, bad)][:_NUM_DRAWN]
     if settings.grid and first.size and not (folder / DENSITIES).exists():
-        drawn = _bound(densities_of_datapoint, vae, settings)
+        drawn, xs = _bound(densities_of_datapoint, vae, settings), images(first)
         arrays = {
             "indices": first,
-            "images": images(first) / (dataset.levels - 1),
+            "images": xs / (dataset.levels - 1),
             "families": [own, *settings.local.families],
         }
         arrays |= {} if split.labels is None else {"labels": split.labels[first]}
         arrays |= map_datapoints(
-            drawn, key_rows, images(first), variables, block_size=len(first), indices=first
+            drawn, key_rows, xs, variables, block_size=len(first), indices=first
         )
         records.write_npz(folder / DENSITIES, arrays)
     return bad

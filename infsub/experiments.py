@@ -5,7 +5,7 @@ Cells that train the same weights share a run, and those that measure the same s
 an experiment and between all experiments of one workdir:
 
   WORKDIR/runs/<data>-<posterior>-<hash>/    a run; in it <split>-<hash>/ for each evaluation
-  WORKDIR/<experiment>/                      cells.json, table.*, figure.*, what went wrong
+  WORKDIR/<experiment>/                      cells.json, table.*, gaps.* or curves.*, what went wrong
 """
 
 from __future__ import annotations
@@ -346,10 +346,12 @@ def _summarise(
     from infsub import report
 
     wrong = {name: why for name, why in states.items() if why}
+    ended = {}
     for cell in cells:
-        if bad := (_done(cell) or {}).get("not_finite"):
-            wrong[cell.name] = f"an estimate is not finite at datapoints {bad}"
-    ended = {cell.name: cell.evaluation for cell in cells if _done(cell)}
+        if done := _done(cell):
+            ended[cell.name] = cell.evaluation
+            if done["not_finite"]:
+                wrong[cell.name] = f"an estimate is not finite at datapoints {done['not_finite']}"
     summary = {
         cell.name: {
             "state": wrong.get(cell.name) or ("done" if cell.name in ended else "to do"),

@@ -122,9 +122,7 @@ def _draw(runs: list[Run], out: Path, figure: dict[str, Any]) -> str:
             name, drawn = "curves", curves.step_figure(runs)
         case _:
             name, drawn = "curves", curves.curve_figure(runs, **figure)
-    for suffix in ("png", "pdf"):
-        records.write_bytes(out / f"{name}.{suffix}", figures.encode(drawn, suffix))
-    return f"{name}.png, {name}.pdf"
+    return figures.write(drawn, out / name)
 
 
 def _draw_posteriors(folder: Path, out: Path) -> str:
@@ -141,6 +139,4 @@ def _draw_posteriors(folder: Path, out: Path) -> str:
         raise UserError(
             f"{path} is torn ({error}): remove it and evaluate the run again."
         ) from error
-    for suffix in ("png", "pdf"):
-        records.write_bytes(Path(f"{out}.{suffix}"), figures.encode(drawn, suffix))
-    return f"{out.name}.png, {out.name}.pdf"
+    return figures.write(drawn, out)

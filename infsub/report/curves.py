@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from infsub.gaps import Mean
-from infsub.report.figures import STYLE, WIDTH, footer
+from infsub.report.figures import STYLE, WIDTH, footer, seeds
 from infsub.report.runs import FAMILIES, Run, label
 
 # Okabe & Ito's colours again, and markers for those who print in grey.
@@ -35,10 +35,9 @@ def curve_figure(runs: Sequence[Run], x: str, y: Sequence[str], lines: Sequence[
         sizes = {
             r.quantities["certificate"].values.size for r in runs if "certificate" in r.quantities
         }
-        seeds = sorted({str(run.settings.get("seed")) for run in runs})
         foot = (
             f"Mean ± standard error over {' or '.join(map(str, sorted(sizes)))} datapoints that each "
-            f"model simulates; seed {', '.join(seeds)}."
+            f"model simulates; seed {seeds(runs)}."
         )
     return _figure(panels, _AXES.get(x, x), foot, "nats")
 

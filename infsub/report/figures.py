@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -13,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from infsub import records
 from infsub.report.runs import FAMILIES, Run
 
 # Okabe & Ito's colours (jfly.uni-koeln.de/color): told apart with any colour vision, and in grey.
@@ -76,6 +78,14 @@ def gap_figure(runs: Sequence[Run]) -> Figure:
             _draw_datapoints(axes[1], runs[0])
         figure.supxlabel(footer(runs), fontsize=5, color="0.35", x=0.01, ha="left")
     return figure
+
+
+def write(figure: Figure, path: Path) -> str:
+    """Writes a figure as path.png and path.pdf; the files' names."""
+    files = [Path(f"{path}.{suffix}") for suffix in ("png", "pdf")]
+    for file in files:
+        records.write_bytes(file, encode(figure, file.suffix[1:]))
+    return ", ".join(file.name for file in files)
 
 
 def encode(figure: Figure, suffix: str) -> bytes:
@@ -176,14 +186,18 @@ def _draw_datapoints(axes: Axes, run: Run) -> None:
     axes.set_ylabel("nats lost")
 
 
+def seeds(runs: Sequence[Run]) -> str:
+    """The seeds of all runs, as a figure names them."""
+    return ", ".join(sorted({str(run.settings.get("seed")) for run in runs}))
+
+
 def footer(runs: Sequence[Run]) -> str:
     """What every figure says of its numbers."""
     counts = sorted({len(run.indices) for run in runs})
-    seeds = sorted({str(run.settings.get("seed")) for run in runs})
     data = sorted(
         {f"{r.settings.get('data.name')} {r.settings.get('evaluate.split')}" for r in runs}
     )
     return (
         f"Mean ± paired standard error over {' or '.join(map(str, counts))} datapoints of "
-        f"{', '.join(data)}; seed {', '.join(seeds)}."
+        f"{', '.join(data)}; seed {seeds(runs)}."
     )
