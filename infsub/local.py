@@ -135,6 +135,7 @@ def local_curve(
     rule: str | Rule = "fast",
     *,
     num_samples: int = 1000,
+    shared_rate: Any = 1.0,
 ) -> Estimate:
     """L[q] after each of `steps` steps from `params`: how soon optimisation buys back a gap.
 
@@ -150,6 +151,8 @@ def local_curve(
       steps: 0 ≤ n_1 < n_2 < …
       rule: as in `optimize_local`; its window, patience, max_steps, decay and paired do not apply.
       num_samples: K of each bound.
+      shared_rate: factor on the learning rate for params["shared"], the trained weights of a flow,
+        which steps that fit a datapoint's own parameters would spoil; 0 holds them. May be traced.
 
     Returns:
       Estimate of the ELBO in nats, each field with a leading [len(steps)].
@@ -163,7 +166,10 @@ def local_curve(
     # Arrays: how many steps there are compiles nothing anew.
     spans = jnp.asarray((0, *steps[:-1])), jnp.asarray(steps)
     num_samples = positive_int("num_samples", num_samples)
-    return _curve(key, target, posterior, params, spans, rule, num_samples)
+    rates: Any = rule.learning_rate
+    if isinstance(params, dict):
+        rates = {name: rates * (shared_rate if name == "shared" else 1.0) for name in params}
+    return _curve(key, target, posterior, params, spans, rates, rule, num_samples)
 
 
 def _checked_start(
@@ -207,22 +213,29 @@ def _step(
     target: Target,
     posterior: Posterior,
     rule: Rule,
-    rate: Any,
+    rates: Any,
     fitted: Any,
     number: Array,
 ) -> tuple[Any, Array]:
-    """Step `number` of Adam on (params, moments), and its ELBO; not finite, it changes nothing."""
+    """Step `number` of Adam on (params, moments), and its ELBO; not finite, it changes nothing.
+
+    `rates` is one learning rate, or one for each subtree of the params.
+    """
     params, moments = fitted
     sticking = {"sticking": True} if rule.sticking_the_landing else {}
 
     def elbo(params: Params) -> Array:
         keys = jax.random.split(jax.random.fold_in(key, number), rule.num_samples)
-        q = partial(posterior.sample, params=params, **sticking)
+
+        def q(key: Key) -> tuple[Array, Array]:
+            return posterior.sample(key, params, **sticking)
+
         return jnp.mean(jax.vmap(lambda key: bounds.log_weight(key, target, q))(keys))
 
     value, gradient = jax.value_and_grad(elbo)(params)
     direction, new_moments = _ADAM.update(gradient, moments)
-    new_params = jax.tree.map(lambda p, d: p + rate * d, params, direction)
+    add = optax.tree.add_scale
+    new_params = jax.tree.map(lambda r, p, d: add(p, r, d), rates, params, direction)
     finite = jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(gradient))
     fitted = _where(finite, (new_params, new_moments), (params, moments))
     return fitted, jnp.where(finite, value, jnp.nan)
@@ -235,11 +248,12 @@ def _curve(
     posterior: Posterior,
     params: Params,
     spans: tuple[Array, Array],
+    rates: Any,
     rule: Rule,
     num_samples: int,
 ) -> Estimate:
     key_steps, key_final = jax.random.split(key)
-    step = partial(_step, key_steps, target, posterior, rule, rule.learning_rate)
+    step = partial(_step, key_steps, target, posterior, rule, rates)
 
     def run_span(fitted: Any, span: tuple[Array, Array]) -> tuple[Any, Estimate]:
         fitted = jax.lax.fori_loop(*span, lambda number, fitted: step(fitted, number)[0], fitted)

@@ -273,6 +273,31 @@ def test_the_curve_is_paired_on_samples_that_did_not_fit(xs, best):
     assert np.std(gains) < 0.2 * np.std(found.log_px[:, 0])
 
 
+def test_the_weights_of_a_flow_move_by_their_own_rate(xs):
+    """Held, they leave the same as a posterior without them; and a rate of 1 is the plain curve."""
+    flow, steps, (key, key_init) = (
+        posteriors.rnvp(4, hidden=(8,)),
+        (0, 20),
+        jax.random.split(jax.random.key(15)),
+    )
+    params, target = flow.init(key_init), MODEL.target(xs[0])
+    fixed = params["shared"]
+
+    def sample(key, held, sticking=False):
+        return flow.sample(key, held | {"shared": fixed}, sticking)
+
+    alone = Posterior(lambda key: {"encoded": flow.init(key)["encoded"]}, sample)
+    plain, one, held = (
+        local_curve(key, target, flow, params, steps, num_samples=50, **rate).log_px
+        for rate in ({}, {"shared_rate": 1.0}, {"shared_rate": 0.0})
+    )
+    start = {"encoded": params["encoded"]}
+    reference = local_curve(key, target, alone, start, steps, num_samples=50).log_px
+    np.testing.assert_array_equal(plain, one)
+    np.testing.assert_allclose(held, reference, rtol=1e-5)
+    assert np.abs(plain[1] - held[1]) > 0.01
+
+
 def test_a_longer_curve_compiles_no_more(xs):
     traces = []
 

@@ -140,6 +140,10 @@ def test_curves_are_what_local_steps_leave_and_no_lines_of_the_table(tmp_path):
             for n, share in ((10, 0.9), (0, 0.0), (3, 0.5)):
                 after = row["elbo"] + share * (row["local_gaussian"] - row["elbo"])
                 row |= {f"after_{n}_gaussian": after, f"after_{n}_gaussian_se": 0.3}
+                row |= {
+                    f"after_{n}_gaussian_encoded": after - 1,
+                    f"after_{n}_gaussian_encoded_se": 0.3,
+                }
             row |= {"after_0_planar": -100.0, "after_0_planar_se": 0.1}  # no L[q*] of planar
         rows[5]["after_10_gaussian"] = None
 
@@ -147,7 +151,10 @@ def test_curves_are_what_local_steps_leave_and_no_lines_of_the_table(tmp_path):
     plain = load_run(str(tmp_path))
     make_run(tmp_path, edit=add)
     run = load_run(str(tmp_path))
-    assert list(run.curves) == ["gaussian"]
+    assert run.curves.keys() == {"gaussian", "gaussian_encoded"}
+    held = run.curves["gaussian_encoded"]
+    assert [n for n, _ in held] == [0, 3, 10]
+    np.testing.assert_allclose(held[0][1].values, run.curves["gaussian"][0][1].values + 1)
     assert [n for n, _ in run.curves["gaussian"]] == [0, 3]
     gap = plain.quantities["amortization_gap_gaussian"]
     for (_, left), share in zip(run.curves["gaussian"], (1, 0.5), strict=True):

@@ -20,7 +20,7 @@ def get_config() -> Config:
         },
         shared={
             "data.name": "binarized_mnist",
-            "evaluate.local.curve": (0, 1, 3, 10, 30, 100, 300, 1000),
+            "evaluate.local.curve": (0, 1, 3, 10, 30, 100, 300, 1000, 3000),
         },
         smoke=("gaussian",),
         figure={"kind": "steps"},

@@ -118,6 +118,8 @@ def _draw(runs: list[Run], out: Path, figure: dict[str, Any]) -> str:
             return "no figure (it needs L[q], one L[q*] and IWAE or AIS of every run)"
         case "bars":
             drawn = figures.gap_figure(runs)
+        case "steps" if not any(run.curves for run in runs):
+            return "no figure (it needs config.evaluate.local.curve, and L[q*] of the same family)"
         case "steps":
             name, drawn = "curves", curves.step_figure(runs)
         case _:

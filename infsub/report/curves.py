@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from infsub.gaps import Mean
 from infsub.report.figures import STYLE, WIDTH, footer, seeds
-from infsub.report.runs import FAMILIES, Run, label
+from infsub.report.runs import FAMILIES, Run, curve_label, label
 
 # Okabe & Ito's colours again, and markers for those who print in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -46,12 +46,12 @@ def step_figure(runs: Sequence[Run]) -> Figure:
     """Nats that L[q*] is still ahead after n steps of local optimisation, for every run's curves."""
     drawn = [
         Line(
-            run.name if len(run.curves) == 1 else f"{run.name}, {FAMILIES.get(family, family)}",
+            run.name if len(run.curves) == 1 else f"{run.name}: {curve_label(fitted)}",
             [float(n) for n, _ in curve],
             [quantity.mean for _, quantity in curve],
         )
         for run in runs
-        for family, curve in run.curves.items()
+        for fitted, curve in run.curves.items()
     ]
     figure = _figure(
         {"": drawn}, "local steps from the encoder's q", footer(runs), "L[q*] − L, nats"

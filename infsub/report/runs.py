@@ -40,7 +40,8 @@ LINES = {
 }
 DIAGNOSTICS = ("_ess", "_pareto_k", "_converged", "_error")
 MAX_GRID_ERROR = 0.01  # nats
-AFTER = re.compile(r"after_(\d+)_(\w+)")  # a bound after so many steps of a family
+# A bound after so many steps of a family, or of what the encoder gives it alone.
+AFTER = re.compile(r"after_(\d+)_(\w+?)(_encoded)?")
 MIN_ESS = 4.0  # effective samples of one datapoint, unless config.report.min_ess
 MAX_PARETO_K = 0.7  # Vehtari et al. 2024, arXiv 1507.02646, unless config.report.max_pareto_k
 
@@ -79,7 +80,8 @@ class Run(NamedTuple):
     Attributes:
       indices: [N], dataset indices of the datapoints that all numbers are over.
       quantities: the table's lines by name.
-      curves: by family, (n, the nats that L[q*] has over the bound after n local steps).
+      curves: by what was fitted, a family or FAMILY_encoded, its weights held: (n, the nats that
+        L[q*] has over the bound after n local steps).
       families: of local inference; the encoder's own first, where it was evaluated. Only the first
         has an amortization gap, for the others L[q*] − L[q] also holds what they gain over it.
       data: what the datapoints are of; only runs on the same data are compared.
@@ -251,6 +253,13 @@ def _decompose(
     return quantities, notes
 
 
+def curve_label(fitted: str) -> str:
+    """The words for a key of `Run.curves`."""
+    family = fitted.removesuffix("_encoded")
+    held = "" if fitted == family else ", weights held"
+    return f"{FAMILIES.get(family, family)}{held}"
+
+
 def _curves(
     columns: dict[str, np.ndarray], quantities: dict[str, Quantity]
 ) -> tuple[dict[str, list[tuple[int, Quantity]]], list[Flag]]:
@@ -261,16 +270,16 @@ def _curves(
         match = AFTER.fullmatch(key)
         if not match or f"local_{match[2]}" not in quantities:
             continue
-        num_steps, family = int(match[1]), match[2]
+        num_steps, family, fitted = int(match[1]), match[2], f"{match[2]}{match[3] or ''}"
         bad = ~np.isfinite(after)
         if bad.any():
-            text = f"L[q] {FAMILIES.get(family, family)} after {num_steps} steps is not finite at "
+            text = f"L[q] {curve_label(fitted)} after {num_steps} steps is not finite at "
             text += f"{bad.sum()} of {bad.size} datapoints, no point of its curve"
             flags.append(Flag(text, columns["index"][bad].astype(int).tolist()))
             continue
         local, error = quantities[f"local_{family}"], columns.get(f"{key}_se", np.nan)
         left = Quantity(local.values - after, np.hypot(local.errors, error), is_gap=True)
-        curves.setdefault(family, []).append((num_steps, left))
+        curves.setdefault(fitted, []).append((num_steps, left))
     return {f: sorted(curve, key=lambda point: point[0]) for f, curve in curves.items()}, flags
 
 
