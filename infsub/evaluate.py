@@ -30,7 +30,6 @@ from infsub.vae import VAE, Variables, make_vae
 _ROWS = {"cpu": 320}
 _ROWS_ACCELERATOR = 16_000
 _MEASURED = ("elbo_samples", "iwae_samples", "ais", "local", "grid")  # config.evaluate's fields
-DENSITIES = "posteriors.npz"
 # Datapoints whose posteriors are drawn, each on so many cells a side, a q from so many samples.
 _NUM_DRAWN, _NUM_CELLS, _NUM_SAMPLES = 6, 100, 400_000
 # Factor on the learning rate of an amortised flow's weights in its curve. After 3000 steps q* is 0.09
@@ -100,7 +99,7 @@ def evaluate(config: configs.Config, workdir: Path) -> list[int]:
     bounds = [name for name in rows[0] if name == "grid" or f"{name}_se" in rows[0]]
     bad = [row["index"] for row in rows if not all(_finite(row[name]) for name in bounds)]
     first = indices[~np.isin(indices, bad)][:_NUM_DRAWN]
-    if settings.grid and first.size and not (folder / DENSITIES).exists():
+    if settings.grid and first.size and not (folder / records.POSTERIORS).exists():
         drawn, xs = _bound(densities_of_datapoint, vae, settings), images(first)
         arrays = {
             "indices": first,
@@ -111,7 +110,7 @@ def evaluate(config: configs.Config, workdir: Path) -> list[int]:
         arrays |= map_datapoints(
             drawn, key_rows, xs, variables, block_size=len(first), indices=first
         )
-        records.write_npz(folder / DENSITIES, arrays)
+        records.write_npz(folder / records.POSTERIORS, arrays)
     return bad
 
 
@@ -187,7 +186,7 @@ def _claim(workdir: Path, settings: Any, run: dict[str, Any], facts: dict[str, A
     if settings.name:
         folder.mkdir(exist_ok=True)
     if there != used:
-        (folder / DENSITIES).unlink(missing_ok=True)  # of the evaluation that was removed
+        (folder / records.POSTERIORS).unlink(missing_ok=True)  # of the evaluation that was removed
     run |= {"config": run["config"] | {"evaluate": settings.to_dict()}}
     records.write_json(folder / "config.json", run)
     records.write_json(folder / "evaluation.json", used)

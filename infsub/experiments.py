@@ -118,8 +118,8 @@ def experiment(
       shared: fields of all cells.
       scales: {scale: fields}, on top of SCALES.
       smoke: the cells that scale `smoke` runs, one of each kind; none: all.
-      figure: {"kind": "bars"}, {"kind": "steps"} or {"kind": "curves", "x": field,
-        "y": quantities, "lines": fields}; see infsub.report.
+      figure: {"kind": "bars"}, "steps", "posteriors", or {"kind": "curves", "x": field, "y":
+        quantities, "lines": fields}; see infsub.report.
     """
     config = configs.default().unlock()
     config.scale = "small"

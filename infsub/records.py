@@ -27,6 +27,7 @@ from infsub import config as configs
 from infsub.types import UserError
 
 OURS = ("checkpoints", "metrics.jsonl", "rows.jsonl", "table.md", "seed_0")
+POSTERIORS = "posteriors.npz"  # the densities that an evaluation with a grid leaves
 PACKAGES = ("infsub", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "distrax")
 
 

@@ -418,7 +418,7 @@ def densities():
 
 def test_posteriors_are_drawn_where_they_lie():
     arrays = densities()
-    figure = pictures.picture_figure(arrays)
+    figure = pictures.picture_figure({"a": arrays}, "0")
     panels = np.array(figure.axes).reshape(2, 6)
     assert [axes.get_title() for axes in panels[0]] == [
         *("x", "p(z|x)", "q(z|x) AF", "q* FFG", "q* full", "q* AF")
@@ -447,6 +447,31 @@ def test_posteriors_are_drawn_where_they_lie():
         np.testing.assert_allclose(density, level, rtol=0.1)
 
 
+def test_several_models_share_a_page():
+    """Of each the datapoints where q loses most, under its own names of the columns."""
+    arrays = densities()
+    five = {
+        name: np.concatenate([array, array, array[:1]]) if name != "families" else array
+        for name, array in arrays.items()
+    }
+    few = five | {
+        "families": ["gaussian", "full_gaussian"],
+        "bounds": five["bounds"][:, 1:3],
+        "densities": five["densities"][:, 1:3],
+    }
+    figure = pictures.picture_figure({"AF": five, "FFG": few}, "0")
+    panels = np.array(figure.axes).reshape(8, 6)
+    assert [axes.get_ylabel() for axes in panels[:, 0]] == ["AF model", *[""] * 3, "FFG model"] + [
+        ""
+    ] * 3
+    assert [axes.get_title() for axes in panels[4]] == [
+        *("x", "p(z|x)", "q(z|x) FFG", "q* full", "", "")
+    ]
+    kls = [axes.get_xlabel() for axes in panels[:, 2]]
+    assert kls[:4] == ["KL ≤ 3.00 nats", "KL ≤ 3.00 nats", "KL ≤ 1.50 nats", "KL ≤ 1.50 nats"]
+    assert kls[4:] == ["KL 0.50 nats", "KL 0.50 nats", "KL 0.50 nats", "KL 0.25 nats"]
+
+
 def test_posteriors_are_files_of_the_report(tmp_path, capsys):
     make_run(tmp_path)
     records.write_npz(tmp_path / "posteriors.npz", densities())
@@ -455,10 +480,11 @@ def test_posteriors_are_files_of_the_report(tmp_path, capsys):
     image = Image.open(io.BytesIO((tmp_path / "posteriors.png").read_bytes()))
     assert image.width == pytest.approx(6.75 * 300, abs=1)
     assert (tmp_path / "posteriors.pdf").read_bytes().startswith(b"%PDF")
-    out = tmp_path / "both"
-    reports.experiment("Where?", {"kind": "bars"}, {"a": tmp_path}, out)
-    same = (out / "posteriors_a.png").read_bytes()
+    out = tmp_path / "experiment"
+    reports.experiment("Where?", {"kind": "posteriors"}, {"a": tmp_path}, out)
+    same = (out / "posteriors.png").read_bytes()
     assert same == (tmp_path / "posteriors.png").read_bytes()
+    assert not (out / "gaps.png").exists()
     whole = (tmp_path / "posteriors.npz").read_bytes()
     for torn in (whole[:1000], b""):
         (tmp_path / "posteriors.npz").write_bytes(torn)

@@ -22,4 +22,5 @@ def get_config() -> Config:
             "evaluate.grid": 200,
         },
         smoke=("gaussian",),
+        figure={"kind": "posteriors"},
     )

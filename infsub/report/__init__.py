@@ -35,7 +35,8 @@ def report(workdir: str) -> None:
       UserError: there are no rows, or they cannot be read, or nothing can be written there.
     """
     folder = Path(workdir)
-    _write([load_run(workdir)], folder, densities={"posteriors": folder})
+    drawn = ["bars", *(["posteriors"] if (folder / records.POSTERIORS).exists() else [])]
+    _write([load_run(workdir)], folder, [{"kind": kind} for kind in drawn], {"": folder})
 
 
 def join(workdirs: Sequence[str], out: str) -> None:
@@ -52,15 +53,13 @@ def join(workdirs: Sequence[str], out: str) -> None:
             f"--workdirs has runs of the same name ({', '.join(names)}); write NAME=DIR for each."
         )
     runs = [load_run(folder, name) for name, (_, folder) in zip(names, pairs, strict=True)]
-    _write(runs, Path(out))
+    _write(runs, Path(out), [{"kind": "bars"}])
 
 
 def experiment(
     title: str, figure: Mapping[str, Any] | None, evaluations: Mapping[str, Path], out: Path
 ) -> None:
     """The table of an experiment's cells under its question, and the figure that answers it.
-
-    Where evaluate.grid has left densities, posteriors_CELL.png and .pdf too.
 
     Args:
       title: first line of table.md.
@@ -73,17 +72,17 @@ def experiment(
       UserError: as `report`.
     """
     runs = [load_run(str(folder), name) for name, folder in evaluations.items()]
-    densities = {f"posteriors_{name}": folder for name, folder in evaluations.items()}
-    _write(runs, out, title, figure, densities)
+    _write(runs, out, [figure] if figure else [], evaluations, title)
 
 
 def _write(
     runs: list[Run],
     out: Path,
+    figures: Sequence[Mapping[str, Any]],
+    folders: Mapping[str, Path] = MappingProxyType({}),
     title: str = "",
-    figure: Mapping[str, Any] | None = MappingProxyType({"kind": "bars"}),
-    densities: Mapping[str, Path] = MappingProxyType({}),
 ) -> None:
+    """The tables and figures of runs; prints the table where there is a figure."""
     table = tables.markdown(runs)
     page = [f"# {title}", ""] if title else []
     page += [*table, "", *tables.footer(runs), ""]
@@ -92,53 +91,55 @@ def _write(
         records.write_bytes(out / "table.md", "\n".join(page).encode())
         records.write_csv(out / "table.csv", tables.csv_rows(runs))
         records.write_bytes(out / "table.tex", tables.latex(runs).encode())
-        if figure is None:
+        if not figures:
             return
-        drawn = [_draw(runs, out, dict(figure))]
-        drawn += [_draw_posteriors(folder, out / name) for name, folder in densities.items()]
+        drawn = [_draw(runs, out, dict(figure), folders) for figure in figures]
     except OSError as error:
         raise UserError(f"{out} cannot be written to ({error.strerror}).") from error
     print("\n".join(table))
     for run in runs:
         for text in (*run.notes, *(flag.text for flag in run.flags)):
             print(f"{f'{run.name}: ' * (len(runs) > 1)}{text}")
-    written = ", ".join(["table.md, table.csv, table.tex", *filter(None, drawn)])
+    written = ", ".join(["table.md, table.csv, table.tex", *drawn])
     print(f"Wrote {written} in {out}; table.md lists the settings and the datapoints to look at.")
 
 
-def _draw(runs: list[Run], out: Path, figure: dict[str, Any]) -> str:
+def _draw(runs: list[Run], out: Path, figure: dict[str, Any], folders: Mapping[str, Path]) -> str:
     """Writes a figure as PNG and PDF; the names of the files, or a sentence why there are none."""
     if importlib.util.find_spec("matplotlib") is None:
         return "no figure (matplotlib is not installed: pip install 'infsub[plots]')"
-    from infsub.report import curves, figures  # matplotlib takes a second to import
+    from infsub.report import curves, figures, pictures  # matplotlib takes a second to import
 
-    name = "gaps"
-    match figure.pop("kind"):
+    kind = figure.pop("kind")
+    match kind:
         case "bars" if any("inference_gap" not in r.quantities or not r.families for r in runs):
             return "no figure (it needs L[q], one L[q*] and IWAE or AIS of every run)"
         case "bars":
-            drawn = figures.gap_figure(runs)
+            name, drawn = "gaps", figures.gap_figure(runs)
         case "steps" if not any(run.curves for run in runs):
             return "no figure (it needs config.evaluate.local.curve, and L[q*] of the same family)"
         case "steps":
             name, drawn = "curves", curves.step_figure(runs)
+        case "posteriors":
+            densities = {cell: _densities(folder) for cell, folder in folders.items()}
+            densities = {cell: arrays for cell, arrays in densities.items() if arrays}
+            if not densities:
+                return "no figure (it needs config.evaluate.grid, and points with finite bounds)"
+            name, drawn = kind, pictures.picture_figure(densities, figures.seeds(runs))
         case _:
             name, drawn = "curves", curves.curve_figure(runs, **figure)
     return figures.write(drawn, out / name)
 
 
-def _draw_posteriors(folder: Path, out: Path) -> str:
-    """Draws a folder's densities, where there are some, as out.png and .pdf; the files' names."""
-    path = folder / "posteriors.npz"
-    if importlib.util.find_spec("matplotlib") is None or not path.exists():
-        return ""
-    from infsub.report import figures, pictures
-
+def _densities(folder: Path) -> dict[str, np.ndarray]:
+    """The densities of an evaluation; none without a grid."""
+    path = folder / records.POSTERIORS
+    if not path.exists():
+        return {}
     try:
         with np.load(io.BytesIO(path.read_bytes())) as arrays:
-            drawn = pictures.picture_figure(dict(arrays))
+            return dict(arrays)
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(
             f"{path} is torn ({error}): remove it and evaluate the run again."
         ) from error
-    return figures.write(drawn, out)

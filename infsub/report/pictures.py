@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -15,6 +15,7 @@ from infsub.report.figures import SMALL, STYLE
 from infsub.report.runs import FAMILIES
 
 WIDTH = 6.75  # inches, a paper's page
+PAGE_ROWS = 8  # that it has room for
 LINES = "#0072B2"  # the true posterior's, over every q
 MASSES = (0.95, 0.5)  # inside the lines
 # log q of these families is of z and v together, so log p(x) − L[q] bounds the KL from above.
@@ -29,44 +30,72 @@ def _colors() -> ListedColormap:
     return ListedColormap(colors)
 
 
-def picture_figure(arrays: Mapping[str, np.ndarray]) -> Figure:
+def picture_figure(models: Mapping[str, Mapping[str, np.ndarray]], seed: str) -> Figure:
     """A row a datapoint: x, p(z|x), q(z|x) and each family's q*, all on the row's window and scale.
 
     Lines hold 50 % and 95 % of the true posterior. Below each q stands KL(q‖p) = log p(x) − L[q].
+    Several models share a page: of each, as many datapoints as fit, those where q loses most.
 
     Args:
-      arrays: of `posteriors.npz`: images [N, H, W, C], families [F], log_px [N], low [N, 2],
-        width [N], truth [N, G, G], bounds [N, F], densities [N, F, G, G].
+      models: by name, what `posteriors.npz` holds: images [N, H, W, C], families [F], log_px [N],
+        low [N, 2], width [N], truth [N, G, G], bounds [N, F], densities [N, F, G, G].
+      seed: for the foot.
     """
-    families = [str(family) for family in arrays["families"]]
-    names = [FAMILIES.get(family, family) for family in families]
-    titles = ["x", "p(z|x)", f"q(z|x) {names[0]}", *(f"q* {name}" for name in names[1:])]
-    num_rows, num_columns = len(arrays["images"]), len(titles)
+    rows = [(name, n) for name, arrays in models.items() for n in _drawn(arrays, len(models))]
+    num_columns = 2 + max(len(arrays["families"]) for arrays in models.values())
     side = WIDTH / num_columns
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, num_rows * (side + 0.1) + 0.2))
+        figure = Figure(figsize=(WIDTH, len(rows) * (side + 0.1) + 0.2 * len(models) + 0.1))
         figure.set_layout_engine("constrained", w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
-        grid = np.asarray(figure.subplots(num_rows, num_columns, squeeze=False))
-        for axes, title in zip(grid[0], titles, strict=True):
-            axes.set_title(title, fontsize=7, pad=3)
-        for n, (image_axes, truth_axes, *q_axes) in enumerate(grid):
-            _bare(image_axes)
-            image_axes.imshow(arrays["images"][n].squeeze(), cmap="gray_r", vmin=0, vmax=1)
-            truth, log_px = arrays["truth"][n], arrays["log_px"][n]
-            low, width = arrays["low"][n], arrays["width"][n]
-            densities = [_smoothed(density) for density in arrays["densities"][n]]
-            top = max(truth.max(), *(density.max() for density in densities))
-            _draw_density(truth_axes, truth, truth, low, width, top)
-            truth_axes.set_xlabel(f"log p(x) {log_px:.1f}".replace("-", "−"), fontsize=SMALL)
-            _draw_scale(truth_axes, low, width)
-            for axes, density, family, bound in zip(
-                q_axes, densities, families, arrays["bounds"][n], strict=True
-            ):
-                _draw_density(axes, density, truth, low, width, top)
-                sign = "≤ " if family in BOUNDED else ""
-                kl = f"KL {sign}{log_px - bound:.2f} nats".replace("-", "−")
-                axes.set_xlabel(kl, fontsize=SMALL)
+        grid = np.asarray(figure.subplots(len(rows), num_columns, squeeze=False))
+        named = None
+        for axes, (name, n) in zip(grid, rows, strict=True):
+            _draw_row(axes, models[name], n)
+            if name != named:
+                _name_columns(axes, models[name], f"{name} model" if len(models) > 1 else "")
+            named = name
+        foot = f"Lines: 50 % and 95 % of p(z|x). KL = log p(x) by quadrature − L. Seed {seed}."
+        if len(models) > 1:
+            foot += " Of each model's first datapoints those where q loses most."
+        figure.supxlabel(foot, fontsize=5, color="0.35", x=0.01, ha="left")
     return figure
+
+
+def _drawn(arrays: Mapping[str, np.ndarray], num_models: int) -> np.ndarray:
+    if num_models == 1:
+        return np.arange(len(arrays["log_px"]))
+    losses = arrays["log_px"] - arrays["bounds"][:, 0]
+    return np.argsort(-losses)[: max(1, PAGE_ROWS // num_models)]
+
+
+def _name_columns(axes: Sequence[Axes], arrays: Mapping[str, np.ndarray], model: str) -> None:
+    own, *families = (FAMILIES.get(str(family), str(family)) for family in arrays["families"])
+    titles = ["x", "p(z|x)", f"q(z|x) {own}", *(f"q* {family}" for family in families)]
+    for column, title in zip(axes, titles, strict=False):
+        column.set_title(title, fontsize=7, pad=3)
+    axes[0].set_ylabel(model)
+
+
+def _draw_row(all_axes: Sequence[Axes], arrays: Mapping[str, np.ndarray], n: int) -> None:
+    image_axes, truth_axes, *q_axes = all_axes
+    _bare(image_axes)
+    image_axes.imshow(arrays["images"][n].squeeze(), cmap="gray_r", vmin=0, vmax=1)
+    truth, log_px = arrays["truth"][n], arrays["log_px"][n]
+    low, width = arrays["low"][n], arrays["width"][n]
+    densities = [_smoothed(density) for density in arrays["densities"][n]]
+    top = max(truth.max(), *(density.max() for density in densities))
+    _draw_density(truth_axes, truth, truth, low, width, top)
+    truth_axes.set_xlabel(f"log p(x) {log_px:.1f}".replace("-", "−"), fontsize=SMALL)
+    _draw_scale(truth_axes, low, width)
+    for axes in q_axes[len(densities) :]:
+        axes.set_axis_off()
+    for axes, density, family, bound in zip(
+        q_axes, densities, arrays["families"], arrays["bounds"][n], strict=False
+    ):
+        _draw_density(axes, density, truth, low, width, top)
+        sign = "≤ " if str(family) in BOUNDED else ""
+        kl = f"KL {sign}{log_px - bound:.2f} nats".replace("-", "−")
+        axes.set_xlabel(kl, fontsize=SMALL)
 
 
 def _bare(axes: Axes) -> None:
