@@ -1,4 +1,4 @@
-"""AIS beside the same AIS built on BlackJAX's HMC; its share of the matmul peak; its memory."""
+"""AIS beside the same AIS built on BlackJAX's HMC, and beside nothing but its matrix products."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from models import load_oracle, oracle_decode
-from timing import matmul_peak, seconds, show
+from models import load_oracle, oracle_decode, oracle_log_likelihood
+from timing import seconds, show
 
 import infsub
 from infsub.types import Target
@@ -42,13 +42,28 @@ def log_likelihood(params, x, z):
     return jnp.sum(x * logits - jax.nn.softplus(logits))
 
 
-@jax.jit
-def ours(key, xs, params):
+@partial(jax.jit, static_argnames="likelihood")
+def ours(key, xs, params, likelihood=log_likelihood):
     def point(key, x):
-        target = Target(None, partial(log_likelihood, params, x), WIDTHS[0])
+        target = Target(None, partial(likelihood, params, x), WIDTHS[0])
         return infsub.ais(key, target, None, CHAINS, TEMPERATURES, LEAPFROG, step_size=STEP).log_px
 
     return jax.vmap(point)(jax.random.split(key, len(xs)), xs)
+
+
+@jax.jit
+def products(params, z):
+    """The matrix products of as many gradients, and nothing else: what no AIS can be faster than."""
+    weights = [params[f"decoder_w{layer}"] for layer in range(len(WIDTHS) - 1)]
+
+    def gradient(_, z):
+        for weight in weights:
+            z = z @ weight
+        for weight in reversed(weights):
+            z = z @ weight.T
+        return z / jnp.max(jnp.abs(z))
+
+    return jax.lax.fori_loop(0, TEMPERATURES * LEAPFROG, gradient, z)
 
 
 @jax.jit
@@ -92,22 +107,32 @@ def bytes_needed(num_temperatures, params, x):
 
 def main() -> None:
     params, xs = model()
-    key = jax.random.key(0)
+    key, rows = jax.random.key(0), IMAGES * CHAINS
+    z, square = (jax.random.normal(key, shape) for shape in ((rows, WIDTHS[0]), (1500, 1500)))
+    square_product = jax.jit(lambda a: jax.lax.fori_loop(0, 100, lambda _, b: a @ b / 40, a))
+    names = ("infsub.ais", "… its matrix products alone", "100 square products of 1500")
     times = seconds(
         {
-            "infsub.ais": lambda: ours(key, xs, params),
+            names[0]: lambda: ours(key, xs, params),
             "AIS on BlackJAX's HMC": lambda: blackjax_ais(key, xs, params),
+            "infsub.ais, densities.bernoulli_logits": lambda: ours(
+                key, xs, params, oracle_log_likelihood
+            ),
+            names[1]: lambda: products(params, z),
+            names[2]: lambda: square_product(square),
         },
         3,
     )
-    rows = IMAGES * CHAINS
     title = f"AIS: {rows} rows, T={TEMPERATURES}, L={LEAPFROG}, prior start, frozen step size"
-    show(title, times, "infsub.ais")
+    show(title, times, names[0])
     macs = sum(a * b for a, b in itertools.pairwise(WIDTHS))
     flop = 2 * 2 * macs * rows * TEMPERATURES * LEAPFROG  # forward and backward in z
-    peak = matmul_peak()
-    share = flop / times["infsub.ais"][0] / peak
-    print(f"matmul peak {peak / 1e9:.0f} GFLOP/s; AIS runs at {share:.0%} of it")
+    ais, shaped = (flop / times[name][0] / 1e9 for name in names[:2])
+    peak = 100 * 2 * 1500**3 / times[names[2]][0] / 1e9
+    print(
+        f"GFLOP/s: AIS {ais:.0f}, {ais / shaped:.0%} of its products' {shaped:.0f}, "
+        f"{ais / peak:.0%} of the square products' {peak:.0f}"
+    )
     small, large = (bytes_needed(t, params, xs[0]) for t in (100, 10_000))
     print(f"temporary memory: {small / 1e6:.2f} MB at T=100, {large / 1e6:.2f} MB at T=10,000")
 
