@@ -185,8 +185,9 @@ def _claim(workdir: Path, settings: Any, run: dict[str, Any], facts: dict[str, A
         )
     if settings.name:
         folder.mkdir(exist_ok=True)
-    if there != used:
-        (folder / records.POSTERIORS).unlink(missing_ok=True)  # of the evaluation that was removed
+    if there != used:  # what is left of an evaluation whose rows were removed
+        for name in (records.POSTERIORS, "bdmc.jsonl"):
+            (folder / name).unlink(missing_ok=True)
     run |= {"config": run["config"] | {"evaluate": settings.to_dict()}}
     records.write_json(folder / "config.json", run)
     records.write_json(folder / "evaluation.json", used)

@@ -111,10 +111,9 @@ def experiment(
     Args:
       name: of its folder in the workdir.
       question: what its figure answers.
-      cells: {name: fields}. A value "@CELL" of init_from is that cell's run. `of` = CELL is another
-        evaluation of that cell's run. "@1/4" as evaluate.checkpoint is after a quarter of the epochs,
-        as evaluate.ais.num_temperatures a quarter of the scale's; as model.encoder.hidden it widens
-        the first layer of the scale's.
+      cells: {name: fields}. A value "@CELL" of init_from is that cell's run. "@1/4" as
+        evaluate.checkpoint is after a quarter of the epochs, as evaluate.ais.num_temperatures a
+        quarter of the scale's; as model.encoder.hidden it widens the first layer of the scale's.
       shared: fields of all cells.
       scales: {scale: fields}, on top of SCALES.
       smoke: the cells that scale `smoke` runs, one of each kind; none: all.
@@ -172,7 +171,9 @@ def expand(config: configs.Config, workdir: Path, overrides: Sequence[str] = ())
     described = dict(given.cells)
     cells: dict[str, Cell] = {}
 
-    def fields_of(name: str, path: tuple[str, ...]) -> dict[str, Any]:
+    def add(name: str, path: tuple[str, ...] = ()) -> Cell:
+        if name in cells:
+            return cells[name]
         if name not in described:
             raise UserError(
                 f"experiment {given.name}: cell {path[-1]} needs an unknown cell {name}."
@@ -180,13 +181,6 @@ def expand(config: configs.Config, workdir: Path, overrides: Sequence[str] = ())
         if name in path:
             raise UserError(f"experiment {given.name}: cells {', '.join(path)} need each other.")
         fields = dict(described[name])
-        source = fields.pop("of", "")
-        return fields_of(source, (*path, name)) | fields if source else fields
-
-    def add(name: str, path: tuple[str, ...] = ()) -> Cell:
-        if name in cells:
-            return cells[name]
-        fields = fields_of(name, path)
         data_name = fields.get("data.name", config.data.name)
         under = at_scale(scale, data_name) | dict(given.scales.get(scale, ()))
         fields = under | _shares(fields, under) | fixed

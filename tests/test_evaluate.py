@@ -204,7 +204,7 @@ def test_quadrature_and_the_densities_of_the_first_points(trained):
         np.testing.assert_allclose(mean, want, atol=0.02 * arrays["width"][n])
 
 
-def test_densities_of_other_settings_do_not_stay(workdir, monkeypatch):
+def test_what_is_left_of_other_settings_does_not_stay(workdir, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
@@ -213,7 +213,8 @@ def test_densities_of_other_settings_do_not_stay(workdir, monkeypatch):
         (workdir / "rows.jsonl").unlink(missing_ok=True)
         with pytest.raises(KeyboardInterrupt):
             again(workdir, grid=grid)
-        assert (workdir / "posteriors.npz").exists() == (grid == 40)
+        for name in ("posteriors.npz", "bdmc.jsonl"):
+            assert (workdir / name).exists() == (grid == 40)
 
 
 def test_choices_of_points(tmp_path):

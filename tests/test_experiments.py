@@ -80,8 +80,8 @@ def a_config(**options):
     cells = {
         "source": {},
         "user": {"init_from": "@source", "init_parts": "decoder", "train.freeze": "decoder"},
-        "again": {"of": "source", "evaluate.split": "test"},
-        "late": {"of": "source", "evaluate.checkpoint": "@1/2"},
+        "again": {"evaluate.split": "test"},
+        "late": {"evaluate.checkpoint": "@1/2"},
     }
     return experiment("one", QUESTION, cells, **options)
 
@@ -125,7 +125,6 @@ def test_who_beats_whom(tmp_path):
         ({"a": {"train.num_epochs": "many"}}, "experiment e, cell a: .*num_epochs"),
         ({"a": {"model.posterior.name": "iaf"}}, "cell a: .*must be one of gaussian"),
         ({"a": {"init_from": "@b"}}, "cell a needs an unknown cell b"),
-        ({"a": {"of": "b"}}, "cell a needs an unknown cell b"),
         ({"a": {"init_from": "@b"}, "b": {"init_from": "@a"}}, "need each other"),
     ],
 )
