@@ -71,15 +71,22 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file; a last line torn by a kill is left out."""
+    """The rows of a JSON-lines file; a last line torn by a kill is left out.
+
+    Raises:
+      UserError: another line is no JSON.
+    """
     if not path.exists():
         return []
-    rows = []
-    for line in path.read_text().splitlines():
+    rows, lines = [], path.read_text().splitlines()
+    for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise UserError(
+                    f"{path}, line {number}, is no JSON ({error}): mend it, or remove the file."
+                ) from error
     return rows
 
 

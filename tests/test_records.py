@@ -24,6 +24,13 @@ def test_rows_survive_a_torn_last_line_and_keep_no_nan(tmp_path):
     assert records.read_rows(tmp_path / "none.jsonl") == []
 
 
+def test_rows_torn_before_the_end_are_not_passed_over(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n{"a":\n{"a": 3}\n')
+    with pytest.raises(UserError, match=r"rows\.jsonl, line 2, is no JSON .*: mend it, or remove"):
+        records.read_rows(path)
+
+
 def test_files_are_replaced_whole(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")

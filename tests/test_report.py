@@ -520,7 +520,10 @@ def rewrite(name, text):
         (lambda folder: (folder / "rows.jsonl").unlink(), "rows.jsonl is missing or has no"),
         (rewrite("rows.jsonl", ""), "no complete row; evaluate the run first"),
         (rewrite("rows.jsonl", '{"index": 3, "el'), "no complete row"),
-        (rewrite("rows.jsonl", '{"index": 1, "elbo": 1}\n{"ind\n{"index": 2}\n'), "line 2 is torn"),
+        (
+            rewrite("rows.jsonl", '{"index": 1, "elbo": 1}\n{"ind\n{"index": 2}\n'),
+            "line 2, is no JSON",
+        ),
         (rewrite("rows.jsonl", '{"index": 1}\n'), "line 1 must be a JSON object with index and"),
         (rewrite("rows.jsonl", '{"index": 1, "elbo": "low"}\n'), "elbo must be a number"),
         (rewrite("rows.jsonl", '{"index": 1, "elbo": null}\n'), "no datapoint whose bounds are"),

@@ -341,11 +341,8 @@ def _read_rows(path: Path, *required: str) -> list[dict[str, Any]]:
     """The rows of a JSON-lines file, all of them but a last one torn by a kill."""
     try:
         rows = records.read_rows(path)
-        num_lines = len(path.read_text().splitlines()) if rows else 0
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}).") from error
-    if num_lines > len(rows) + 1:
-        raise UserError(f"{path}, line {len(rows) + 1} is torn; evaluate the run again.")
     if not rows:
         raise UserError(f"{path} is missing or has no complete row; evaluate the run first.")
     for number, row in enumerate(rows, 1):
