@@ -395,6 +395,25 @@ def test_figure_files_are_a_column_wide_and_repeatable(tmp_path):
     assert figures.encode(figures.gap_figure([one]), "png")
 
 
+def test_no_text_under_a_bar_meets_another_or_a_mark():
+    rng, limits = np.random.default_rng(0), (-10.0, 1.0)
+    per_nat = figures._per_nat(limits)
+    for _ in range(200):
+        marks = sorted((x, "L[q*] FFG −93.7"[: rng.integers(5, 15)]) for x in rng.uniform(-9, 0, 6))
+        places = figures._place(marks, limits)
+        spans = []
+        for (x, text), (line, align) in zip(marks, places, strict=True):
+            width = figures._points(text, figures.SMALL)
+            left = x * per_nat - (width if align == "right" else width / 2)
+            spans.append((line, left, left + width))
+        for n, (line, left, right) in enumerate(spans):
+            for m, (other, start, end) in enumerate(spans):
+                if m != n and other == line:
+                    assert end <= left or right <= start
+                if m != n and other > line:
+                    assert not left < marks[m][0] * per_nat < right
+
+
 def densities():
     """What `posteriors.npz` holds, of two datapoints: q* full is the truth, the others FFG of it."""
     steps = (np.arange(40) + 0.5) / 10 - 2

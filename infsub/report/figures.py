@@ -45,24 +45,24 @@ def gap_figure(runs: Sequence[Run]) -> Figure:
     Marks under a bar show how far the other families get. One run also shows its datapoints.
     """
     marks = [_marks(run) for run in runs]
-    places = [x for run_marks in marks for x, _ in run_marks]
-    margin = 0.12 * max(max(places) - min(places), 0.1)
-    limits = min(places) - margin, max(places) + margin
-    levels = [_levels(run_marks, limits) for run_marks in marks]
+    xs = [x for run_marks in marks for x, _ in run_marks]
+    margin = 0.12 * max(max(xs) - min(xs), 0.1)
+    limits = min(xs) - margin, max(xs) + margin
+    places = [_place(run_marks, limits) for run_marks in marks]
     name = LINE if len(runs) > 1 else 0.0  # the height of a run's name
-    rows = [name + BAR + LINE * (max(level) + 2) for level in levels]
+    rows = [name + BAR + LINE * (max(line for line, _ in place) + 2) for place in places]
     heights = [sum(rows)] + [1.0] * (len(runs) == 1)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, sum(heights) + 0.6 + 0.35 * len(heights)))
         figure.set_layout_engine("constrained")
         axes = np.ravel(np.asarray(figure.subplots(len(heights), 1, height_ratios=heights)))
         axes[0].set_xlim(*limits)
-        for run, run_marks, level, top in zip(
-            runs, marks, levels, np.cumsum([0.0, *rows[:-1]]), strict=True
+        for run, run_marks, place, top in zip(
+            runs, marks, places, np.cumsum([0.0, *rows[:-1]]), strict=True
         ):
             if name:
                 axes[0].text(limits[0], top + 0.8 * name, run.name, weight="bold", va="bottom")
-            _draw_bar(axes[0], run, top + name, run_marks, level)
+            _draw_bar(axes[0], run, top + name, run_marks, place)
         axes[0].set_ylim(sum(rows), -0.3 * LINE)
         axes[0].set_yticks([])
         axes[0].spines["left"].set_visible(False)
@@ -98,7 +98,11 @@ def encode(figure: Figure, suffix: str) -> bytes:
 
 
 def _draw_bar(
-    axes: Axes, run: Run, top: float, marks: list[tuple[float, str]], levels: list[int]
+    axes: Axes,
+    run: Run,
+    top: float,
+    marks: list[tuple[float, str]],
+    places: list[tuple[int, str]],
 ) -> None:
     """Nats relative to log p̂(x): what the encoder loses, then what its family cannot reach."""
     own = run.families[0]
@@ -122,10 +126,10 @@ def _draw_bar(
         axes.errorbar(
             -gap.mean, top + 0.8 * BAR, xerr=gap.standard_error, color="black", lw=0.8, capsize=1.5
         )
-    for (x, text), level in zip(marks, levels, strict=True):
-        bottom = top + BAR + LINE * (level + 0.3)
+    for (x, text), (line, align) in zip(marks, places, strict=True):
+        bottom = top + BAR + LINE * (line + 0.3)
         axes.plot([x, x], [top + BAR, bottom], color="black", lw=0.6)
-        axes.text(x, bottom, text, ha="center", va="top", size=SMALL)
+        axes.text(x, bottom, text, ha=align, va="top", size=SMALL)
 
 
 def _marks(run: Run) -> list[tuple[float, str]]:
@@ -142,16 +146,26 @@ def _marks(run: Run) -> list[tuple[float, str]]:
     return sorted((x, text.replace("-", "−")) for x, text in marks)
 
 
-def _levels(marks: list[tuple[float, str]], limits: tuple[float, float]) -> list[int]:
-    """The line under the bar for each mark's text, such that texts do not overlap."""
-    free: list[float] = []  # where each line is free from, in points
-    levels = []
-    for x, text in marks:
-        left = x * _per_nat(limits) - _points(text, SMALL) / 2
-        level = next((i for i, end in enumerate(free) if end < left), len(free))
-        free[level : level + 1] = [left + _points(text, SMALL) + 3]
-        levels.append(level)
-    return levels
+def _place(marks: list[tuple[float, str]], limits: tuple[float, float]) -> list[tuple[int, str]]:
+    """Each mark's line under the bar and its text's alignment: no text meets another, or a mark.
+
+    A text stands under its mark, or left of it where the next mark is too near.
+    """
+    ends: list[float] = []  # where each line is free from, in points
+    places: list[tuple[int, str]] = []
+    xs = [x * _per_nat(limits) for x, _ in marks]
+    for n, (x, (_, text)) in enumerate(zip(xs, marks, strict=True)):
+        width = _points(text, SMALL)
+        aside = n + 1 < len(xs) and xs[n + 1] < x + width / 2 + 2
+        left = x - (width if aside else width / 2)
+        # Not above a mark that would run through the text.
+        lowest = max(
+            (place[0] for place, k in zip(places, xs, strict=False) if k > left), default=0
+        )
+        line = next((i for i, end in enumerate(ends) if i >= lowest and end < left), len(ends))
+        ends[line : line + 1] = [left + width + 3]
+        places.append((line, "right" if aside else "center"))
+    return places
 
 
 def _per_nat(limits: tuple[float, float]) -> float:
