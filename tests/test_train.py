@@ -264,12 +264,16 @@ def test_early_stopping_waits_for_annealing_and_patience(source, tmp_path):
 
 
 def test_best_checkpoint_is_that_of_the_best_validation_epoch(tmp_path):
-    # At an absurd rate validation goes up and down.
+    # At an absurd rate validation goes up and down; which seed ends below its best differs by jax.
     rough = tiny_config(learning_rate=20.0, schedule="constant", num_epochs=6, keep_every=1)
     rough.train.criterion, rough.train.annealing = "iwae", "none"
-    train(rough, tmp_path)
-    values = [row["validation_iwae"] for row in records.read_rows(tmp_path / "metrics.jsonl")]
-    best = int(np.argmax(values)) + 1
+    best, folder = 6, tmp_path
+    while best == 6 and rough.seed < 6:
+        rough.seed += 1
+        tmp_path = folder / str(rough.seed)
+        train(rough, tmp_path)
+        values = [row["validation_iwae"] for row in records.read_rows(tmp_path / "metrics.jsonl")]
+        best = int(np.argmax(values)) + 1
     assert best < 6, "the test needs a run whose last epoch is not its best"
     found, step = checkpoints.load_variables(tmp_path)
     kept, _ = checkpoints.load_variables(tmp_path, f"epoch_{best}")
