@@ -414,6 +414,14 @@ def test_no_text_under_a_bar_meets_another_or_a_mark():
                     assert not left < marks[m][0] * per_nat < right
 
 
+def test_a_long_foot_stays_inside_the_figure():
+    figure = figures.Figure(figsize=(figures.WIDTH, 2))
+    figures.write_foot(figure, "Mean over 50 datapoints of " + "binarized_mnist test, " * 9)
+    figure.draw_without_rendering()
+    (foot,) = figure.texts
+    assert foot.get_window_extent().x1 < figure.bbox.x1
+
+
 def densities():
     """What `posteriors.npz` holds, of two datapoints: q* full is the truth, the others FFG of it."""
     steps = (np.arange(40) + 0.5) / 10 - 2

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from infsub.gaps import Mean
-from infsub.report.figures import STYLE, WIDTH, footer, seeds
+from infsub.report.figures import STYLE, WIDTH, footer, seeds, write_foot
 from infsub.report.runs import FAMILIES, Run, curve_label, label
 
 # Okabe & Ito's colours again, and markers for those who print in grey.
@@ -98,7 +98,7 @@ def _figure(panels: dict[str, list[Line]], x_label: str, foot: str, y_label: str
             axes.set_ylabel(y_label)
         rows[0].legend()
         rows[-1].set_xlabel(x_label)
-        figure.supxlabel(foot, fontsize=5, color="0.35", x=0.01, ha="left")
+        write_foot(figure, foot)
     return figure
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,9 @@ STYLE: Any = {
     "ytick.major.width": 0.6,
     "pdf.fonttype": 42,  # text stays text
 }
-# Inches: a paper's column, a bar, a line of text; points: of the text, of the small text.
+# Inches: a paper's column, a bar, a line of text; points: of the text, of the small text, of the foot.
 WIDTH, BAR, LINE = 3.4, 0.28, 0.11
-TEXT, SMALL = 7, 6
+TEXT, SMALL, FOOT = 7, 6, 5
 
 
 def gap_figure(runs: Sequence[Run]) -> Figure:
@@ -76,7 +77,7 @@ def gap_figure(runs: Sequence[Run]) -> Figure:
         )
         if len(runs) == 1:
             _draw_datapoints(axes[1], runs[0])
-        figure.supxlabel(footer(runs), fontsize=5, color="0.35", x=0.01, ha="left")
+        write_foot(figure, footer(runs))
     return figure
 
 
@@ -203,6 +204,12 @@ def _draw_datapoints(axes: Axes, run: Run) -> None:
 def seeds(runs: Sequence[Run]) -> str:
     """The seeds of all runs, as a figure names them."""
     return ", ".join(sorted({str(run.settings.get("seed")) for run in runs}))
+
+
+def write_foot(figure: Figure, text: str) -> None:
+    """A small text at the foot of a figure, in as many lines as its width asks for."""
+    lines = textwrap.wrap(text, int(figure.get_figwidth() * 72 / _points("m", FOOT)))
+    figure.supxlabel("\n".join(lines), fontsize=FOOT, color="0.35", x=0.01, ha="left")
 
 
 def footer(runs: Sequence[Run]) -> str:

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
-from infsub.report.figures import SMALL, STYLE
+from infsub.report.figures import SMALL, STYLE, write_foot
 from infsub.report.runs import FAMILIES
 
 WIDTH = 6.75  # inches, a paper's page
@@ -57,7 +57,7 @@ def picture_figure(models: Mapping[str, Mapping[str, np.ndarray]], seed: str) ->
         foot = f"Lines: 50 % and 95 % of p(z|x). KL = log p(x) by quadrature − L. Seed {seed}."
         if len(models) > 1:
             foot += " Of each model's first datapoints those where q loses most."
-        figure.supxlabel(foot, fontsize=5, color="0.35", x=0.01, ha="left")
+        write_foot(figure, foot)
     return figure
 
 
