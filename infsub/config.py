@@ -61,6 +61,10 @@ CHOICES = {
     "train.on": ("data", "model"),
     "train.criterion": ("elbo", "iwae"),
     "evaluate.split": ("train", "validation", "test", "model"),
+    "evaluate.ais.schedule": ("linear", "sigmoid", "power", "geometric", "adaptive"),
+    "evaluate.ais.start": ("posterior", "local", "prior"),
+    "evaluate.ais.adaptation": ("pilot", "authors"),
+    "evaluate.local.preset": ("fast", "authors"),
 }
 
 AT_LEAST_ONE = (
@@ -73,6 +77,12 @@ AT_LEAST_ONE = (
     "train.validation_samples",
     "train.keep_last",
     "train.picture_every",
+    "evaluate.elbo_samples",
+    "evaluate.iwae_samples",
+    "evaluate.ais.num_chains",
+    "evaluate.ais.num_temperatures",
+    "evaluate.ais.num_leapfrog",
+    "evaluate.local.max_steps",
 )
 NOT_NEGATIVE = (
     "train.learning_rate",
@@ -243,6 +253,17 @@ def resolve(config: Config) -> Config:
         raise UserError(
             "config.evaluate.split=model has no last datapoint: give config.evaluate.first=N, how "
             "many to simulate."
+        )
+    for family in evaluate.local.families:
+        if family not in POSTERIORS:
+            raise UserError(
+                f"config.evaluate.local.families has {family!r}; each must be one of "
+                f"{', '.join(POSTERIORS)}."
+            )
+    if evaluate.ais.start == "local" and not evaluate.local.families:
+        raise UserError(
+            "config.evaluate.ais.start=local starts from the first of config.evaluate.local.families, "
+            "and there is none."
         )
     if evaluate.local.curve:
         try:

@@ -382,9 +382,15 @@ def certify_datapoint(
     def model(key: Key) -> tuple[Array, Target, Gaussian | None]:
         key_model, key_q = jax.random.split(key)
         z, x = vae.simulate(key_model, variables)
-        from_prior = settings.ais.start == "prior"
-        q = None if from_prior else _start(key_q, vae, variables, x)
-        return z, vae.target(variables, x), q
+        target = vae.target(variables, x)
+        if settings.ais.start == "prior":
+            return z, target, None
+        q = _start(key_q, vae, variables, x)
+        if settings.ais.start == "local":
+            key_local, family = jax.random.fold_in(key_q, 1), settings.local.families[0]
+            posterior, _, local, key_after = _fit(key_local, family, target, q, settings)
+            q = posteriors.moment_matched(key_after, posterior, local.params)
+        return z, target, q
 
     options = {k: v for k, v in settings.ais.items() if k not in ("start", "adaptation")}
     result = bdmc(key, model, **options)

@@ -153,6 +153,31 @@ def test_the_curve_of_the_own_family_starts_at_the_amortised_q():
 
 
 @pytest.mark.slow
+def test_ais_starts_from_q_star_where_the_encoder_is_lost():
+    """In the rows and in the certificate: of an untrained model, whose encoder says nothing."""
+    config = small(local={"max_steps": 500}).copy_and_resolve_references().unlock()
+    config.model.decoder.init = "xavier_normal"
+    vae = make_vae(config.model, (28, 28, 1), 2)
+    variables = jax.jit(vae.init)(jax.random.key(0))
+    decoder, unravel = ravel_pytree(variables["decoder"])
+    variables |= {"decoder": unravel(2 * decoder)}  # sharp posteriors
+    keys, xs = (
+        jax.random.key(1),
+        evaluate.simulate(jax.random.key(2), vae, variables, 32).images.values,
+    )
+    bounds, gaps = {}, {}
+    for start in ("posterior", "local"):
+        config.evaluate.ais.start = start
+        options = {"vae": vae, "settings": config.evaluate}
+        point = partial(evaluate.bounds_of_datapoint, own="gaussian", chunk_size=50, **options)
+        bounds[start] = map_datapoints(point, keys, xs, variables)["ais"]
+        certify = partial(evaluate.certify_datapoint, **options)
+        gaps[start] = map_datapoints(certify, keys, np.arange(32), variables)["gap"]
+    for lost in (bounds["local"] - bounds["posterior"], gaps["posterior"] - gaps["local"]):
+        assert np.sum(lost > 0) > 16 + 3 * np.sqrt(8)  # heavy tails: by sign, beyond a coin's
+
+
+@pytest.mark.slow
 def test_other_settings_do_not_mix(workdir):
     before = (workdir / "rows.jsonl").read_bytes()
     with pytest.raises(UserError, match=r"iwae_samples is 50 there and 60 here.*evaluate\.name"):

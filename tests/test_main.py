@@ -88,6 +88,22 @@ MISTAKES = {
         ["W", QUICK, "--config.evaluate.local.curve=(0,3,1)"],
         r"config.evaluate.local.curve must be increasing .*got \(0, 3, 1\)",
     ),
+    "start of AIS": (
+        ["W", QUICK, "--config.evaluate.ais.start=encoder"],
+        "start is 'encoder'; it must be one of posterior, local, prior.",
+    ),
+    "no chains": (
+        ["W", QUICK, "--config.evaluate.ais.num_chains=0"],
+        "is 0; it must be at least 1",
+    ),
+    "family": (
+        ["W", QUICK, "--config.evaluate.local.families=('iaf',)"],
+        "families has 'iaf'; each must be one of gaussian",
+    ),
+    "no family": (
+        ["W", QUICK, "--config.evaluate.ais.start=local", "--config.evaluate.local.families=()"],
+        "starts from the first of config.evaluate.local.families, and there is none",
+    ),
     "no source": (["W", QUICK, "--config.init_from=/nowhere"], "/nowhere holds no run"),
     "unwritable": (["--workdir=/proc/run", QUICK], "--workdir=/proc/run cannot be written to"),
     "override alone": (["W", "--config.seed=3"], "give --config=FILE.py too"),

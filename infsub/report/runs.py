@@ -248,7 +248,8 @@ def _decompose(
     if negative:
         notes.append(
             f"Negative by more than 2 standard errors: {', '.join(negative)}. A bound is looser than "
-            "the one below it: optimise longer, or take more samples or temperatures."
+            "the one below it: optimise longer, take more samples or temperatures, or start AIS "
+            "from q* (config.evaluate.ais.start=local)."
         )
     return quantities, notes
 
