@@ -17,6 +17,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from infsub.ais import ADAPTATIONS
+from infsub.local import RULES
+from infsub.schedules import SCHEDULES
 from infsub.types import UserError, increasing_steps
 
 Config = Any  # a ConfigDict: its fields have no static types
@@ -61,10 +64,10 @@ CHOICES = {
     "train.on": ("data", "model"),
     "train.criterion": ("elbo", "iwae"),
     "evaluate.split": ("train", "validation", "test", "model"),
-    "evaluate.ais.schedule": ("linear", "sigmoid", "power", "geometric", "adaptive"),
+    "evaluate.ais.schedule": SCHEDULES,
     "evaluate.ais.start": ("posterior", "local", "prior"),
-    "evaluate.ais.adaptation": ("pilot", "authors"),
-    "evaluate.local.preset": ("fast", "authors"),
+    "evaluate.ais.adaptation": ADAPTATIONS,
+    "evaluate.local.preset": tuple(RULES),
 }
 
 AT_LEAST_ONE = (

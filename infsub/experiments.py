@@ -5,7 +5,7 @@ Cells that train the same weights share a run, and those that measure the same s
 an experiment and between all experiments of one workdir:
 
   WORKDIR/runs/<data>-<posterior>-<hash>/    a run; in it <split>-<hash>/ for each evaluation
-  WORKDIR/<experiment>/                      cells.json, table.*, gaps.* or curves.*, what went wrong
+  WORKDIR/<experiment>/                      cells.json, table.*, its figure, what went wrong
 """
 
 from __future__ import annotations

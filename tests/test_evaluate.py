@@ -161,18 +161,16 @@ def test_ais_starts_from_q_star_where_the_encoder_is_lost():
     variables = jax.jit(vae.init)(jax.random.key(0))
     decoder, unravel = ravel_pytree(variables["decoder"])
     variables |= {"decoder": unravel(2 * decoder)}  # sharp posteriors
-    keys, xs = (
-        jax.random.key(1),
-        evaluate.simulate(jax.random.key(2), vae, variables, 32).images.values,
-    )
+    key, key_images = jax.random.key(1), jax.random.key(2)
+    xs = evaluate.simulate(key_images, vae, variables, 32).images.values
     gaps = {}
     for start in ("posterior", "local"):
         config.evaluate.ais.start = start
         options = {"vae": vae, "settings": config.evaluate}
         certify = partial(evaluate.certify_datapoint, **options)
-        gaps[start] = map_datapoints(certify, keys, np.arange(32), variables)["gap"]
+        gaps[start] = map_datapoints(certify, key, np.arange(32), variables)["gap"]
     point = partial(evaluate.bounds_of_datapoint, own="gaussian", chunk_size=50, **options)
-    row = map_datapoints(point, keys, xs, variables)
+    row = map_datapoints(point, key, xs, variables)
     for gained in (gaps["posterior"] - gaps["local"], row["ais"] - row["local_gaussian"]):
         assert np.sum(gained > 0) > 16 + 3 * np.sqrt(8)  # heavy tails: by sign, beyond a coin's
 

@@ -275,11 +275,8 @@ def test_the_curve_is_paired_on_samples_that_did_not_fit(xs, best):
 
 def test_the_weights_of_a_flow_move_by_their_own_rate(xs):
     """Held, they leave the same as a posterior without them; and a rate of 1 is the plain curve."""
-    flow, steps, (key, key_init) = (
-        posteriors.rnvp(4, hidden=(8,)),
-        (0, 20),
-        jax.random.split(jax.random.key(15)),
-    )
+    flow, steps = posteriors.rnvp(4, hidden=(8,)), (0, 20)
+    key, key_init = jax.random.split(jax.random.key(15))
     params, target = flow.init(key_init), MODEL.target(xs[0])
     fixed = params["shared"]
 

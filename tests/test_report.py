@@ -488,9 +488,9 @@ def test_several_models_share_a_page():
     }
     figure = pictures.picture_figure({"AF": five, "FFG": few}, "0")
     panels = np.array(figure.axes).reshape(8, 6)
-    assert [axes.get_ylabel() for axes in panels[:, 0]] == ["AF model", *[""] * 3, "FFG model"] + [
-        ""
-    ] * 3
+    blank = [""] * 3
+    named = [axes.get_ylabel() for axes in panels[:, 0]]
+    assert named == ["AF model", *blank, "FFG model", *blank]
     assert [axes.get_title() for axes in panels[4]] == [
         *("x", "p(z|x)", "q(z|x) FFG", "q* full", "", "")
     ]
