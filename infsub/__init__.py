@@ -6,7 +6,7 @@ from infsub.bdmc import bdmc, reverse_ais
 from infsub.bounds import elbo, iwae
 from infsub.datapoints import map_datapoints
 from infsub.local import LocalResult, local_curve, optimize_local
-from infsub.types import Estimate, Gaussian, Posterior, Target
+from infsub.types import Estimate, Gaussian, Model, Posterior, Target
 
 # The functions `ais` and `bdmc` are named like the modules they live in: they are bound here, after
 # those modules are loaded, so `infsub.ais(…)` is always the function.
@@ -14,6 +14,7 @@ __all__ = [
     "Estimate",
     "Gaussian",
     "LocalResult",
+    "Model",
     "Posterior",
     "Target",
     "ais",

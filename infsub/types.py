@@ -92,6 +92,52 @@ class Target:
         return target
 
 
+@jax.tree_util.register_pytree_node_class
+class Model(NamedTuple):
+    """A latent-variable model p(z) p(x|z) with an encoder, as functions of ONE datapoint.
+
+    As an argument of jit, vmap or scan a Model is its functions: `latent_dim` is structure, and one
+    made anew of the same functions does not compile anew. `params` are whatever the functions take;
+    x is an array or any pytree of arrays, covariates included; z is flat.
+
+    Attributes:
+      latent_dim: D.
+      encode: (params, x) -> q(z|x): Gaussian(mean [D], scale), or a sampler key -> (z [D], log_q []).
+      log_likelihood: (params, x, z [D]) -> [], log p(x|z) in nats, summed over x, normalised over x.
+      sample_x: (key, params, z [D], x) -> x, a draw of p(x|z), not its mean. The x it is given
+        carries covariates over (what p conditions on) and is None where there is none.
+      log_prior: (params, x, z [D]) -> [], log p(z), normalised; None is N(0, I).
+      sample_prior: (key, params, x) -> z [D], a draw of log_prior; None where that is None.
+
+    Raises:
+      TypeError, ValueError: from `target`, as Target.
+    """
+
+    latent_dim: int
+    encode: Callable[..., Any]
+    log_likelihood: Callable[..., Array]
+    sample_x: Callable[..., Any] | None = None
+    log_prior: Callable[..., Array] | None = None
+    sample_prior: Callable[..., Array] | None = None
+
+    def target(self, params: Params, x: Any) -> Target:
+        """The unnormalised posterior of x, its parameters bound as arguments."""
+        log_prior = self.log_prior and Partial(_at, as_partial(self.log_prior), params, x)
+        log_likelihood = Partial(_at, as_partial(self.log_likelihood), params, x)
+        return Target(log_prior, log_likelihood, self.latent_dim)
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], int]:
+        return tuple(f and as_partial(f) for f in self[1:]), self.latent_dim
+
+    @classmethod
+    def tree_unflatten(cls, latent_dim: int, children: tuple[Any, ...]) -> Model:
+        return cls(latent_dim, *children)
+
+
+def _at(density: Partial, params: Params, x: Any, z: Array) -> Array:
+    return density(params, x, z)
+
+
 class Gaussian(NamedTuple):
     """A factorised Gaussian over z.
 
