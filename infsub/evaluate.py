@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import math
 import zlib
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import FrozenConfigDict
 
-from infsub import checkpoints, data, gaps, grids, posteriors, records
+from infsub import checkpoints, data, grids, posteriors, records, rows
 from infsub import config as configs
 from infsub.ais import ais
 from infsub.bdmc import bdmc
@@ -83,9 +82,9 @@ def evaluate(config: configs.Config, workdir: Path) -> list[int]:
         columns = map_datapoints(
             point, key_rows, images(block), variables, block_size=block_size, indices=block
         )
-        return {"label": labels} | columns
+        return {rows.LABEL: labels} | columns
 
-    rows = _write_rows(folder / "rows.jsonl", "evaluating", indices, block_size, evaluated)
+    written = _write_rows(folder / "rows.jsonl", "evaluating", indices, block_size, evaluated)
     if settings.bdmc.num_points:
         simulated = np.arange(settings.bdmc.num_points)
         certified = _bound(certify_datapoint, vae, settings)
@@ -96,8 +95,9 @@ def evaluate(config: configs.Config, workdir: Path) -> list[int]:
             )
 
         _write_rows(folder / "bdmc.jsonl", "certifying", simulated, block_size, bounded)
-    bounds = [name for name in rows[0] if name == "grid" or f"{name}_se" in rows[0]]
-    bad = [row["index"] for row in rows if not all(_finite(row[name]) for name in bounds)]
+    measured = rows.parse(written)
+    finite = measured.finite(measured.columns)
+    bad = [int(i) for i in indices if i in measured.indices[~finite]]
     first = indices[~np.isin(indices, bad)][:_NUM_DRAWN]
     if settings.grid and first.size and not (folder / records.POSTERIORS).exists():
         drawn, xs = _bound(densities_of_datapoint, vae, settings), images(first)
@@ -112,10 +112,6 @@ def evaluate(config: configs.Config, workdir: Path) -> list[int]:
         )
         records.write_npz(folder / records.POSTERIORS, arrays)
     return bad
-
-
-def _finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
 
 
 def _bound(function: Callable[..., Any], vae: VAE, settings: Any, **options: Any) -> Any:
@@ -202,26 +198,22 @@ def _write_rows(
     block_columns: Callable[[np.ndarray], dict[str, Any]],
 ) -> list[dict[str, Any]]:
     """Appends a row for each index, block by block, after the whole blocks that are there already."""
-    rows = records.read_rows(path)
-    done = [row["index"] for row in rows]
+    written = records.read_rows(path)
+    done = [row[rows.INDEX] for row in written]
     if done != indices[: len(done)].tolist():
         raise UserError(f"{path} holds other datapoints: remove it, or name this evaluation.")
-    if len(rows) < len(indices):  # a killed run may have torn its last block
-        rows = rows[: len(rows) // block_size * block_size]
-        records.rewrite_rows(path, rows)
-    progress = records.Progress(len(indices), label, len(rows), "datapoint")
-    for start in range(len(rows), len(indices), block_size):
+    if len(written) < len(indices):  # a killed run may have torn its last block
+        written = written[: len(written) // block_size * block_size]
+        records.rewrite_rows(path, written)
+    progress = records.Progress(len(indices), label, len(written), "datapoint")
+    for start in range(len(written), len(indices), block_size):
         block = indices[start : start + block_size]
-        columns = {"index": block} | block_columns(block)
-        lists = [np.asarray(column).tolist() for column in columns.values()]
-        block_rows = [
-            dict(zip(columns, values, strict=True)) for values in zip(*lists, strict=True)
-        ]
+        block_rows = rows.to_json({rows.INDEX: block} | block_columns(block))
         records.append_rows(path, block_rows)
-        rows += block_rows
-        progress.update(len(rows))
+        written += block_rows
+        progress.update(len(written))
     progress.close()
-    return rows
+    return written
 
 
 def bounds_of_datapoint(
@@ -234,35 +226,32 @@ def bounds_of_datapoint(
     key_q, key_elbo, key_iwae, key_ais, key_local = jax.random.split(key, 5)
     target, q = vae.target(variables, x), vae.sampler(variables, x)
     base = _start(key_q, vae, variables, x)
-    row = _columns("elbo", elbo(key_elbo, target, q, settings.elbo_samples))
+    row = rows.build(rows.ELBO.name, elbo(key_elbo, target, q, settings.elbo_samples))
 
     start = None if settings.ais.start == "prior" else base
     for family in settings.local.families:
         posterior, params, local, key_after = _fit(key_local, family, target, base, settings)
         key_moments, key_curve = jax.random.split(key_after)
-        name = f"local_{family}"
-        row |= _columns(name, local.elbo) | _columns(f"{name}_iwae", local.iwae)
-        row |= {f"{name}_steps": local.num_steps, f"{name}_converged": local.converged}
+        stopped = {"steps": local.num_steps, "converged": local.converged}
+        row |= rows.build(rows.LOCAL.of(family), local.elbo, **stopped)
+        row |= rows.build(rows.LOCAL_IWAE.of(family), local.iwae)
         if settings.ais.start == "local" and family == settings.local.families[0]:
             start = posteriors.moment_matched(key_moments, posterior, local.params)
         if settings.local.curve:
-            rates = {"": 1.0}
+            rates = {rows.AFTER: 1.0}
             if family == own:  # from the encoder's output itself: after 0 steps, L[q]
                 posterior, params = vae.posterior(variables, x), vae.encode(variables, x)
-                rates = {"": _TRAINED, "_encoded": 0.0} if params["shared"] else rates
+                rates = {rows.AFTER: _TRAINED, rows.AFTER_HELD: 0.0} if params["shared"] else rates
             row |= _curves(key_curve, family, target, posterior, params, rates, settings)
 
     options = {k: v for k, v in settings.ais.items() if k != "start"}
-    estimates = {
-        "iwae": iwae(key_iwae, target, q, settings.iwae_samples, chunk_size=chunk_size),
-        "ais": ais(key_ais, target, start, **options),
-    }
-    for name, estimate in estimates.items():
-        row |= _columns(name, estimate)
+    weighted = iwae(key_iwae, target, q, settings.iwae_samples, chunk_size=chunk_size)
+    row |= rows.build(rows.IWAE.name, weighted)
+    row |= rows.build(rows.AIS.name, ais(key_ais, target, start, **options))
     if settings.grid:
         truth = grids.log_px(target, settings.grid)
-        row |= {"grid": truth.log_px, "grid_error": truth.error}
-    return row | _columns("log_px", gaps.tightest(*estimates.values()), diagnostics=False)
+        row |= rows.build(rows.GRID.name, truth.log_px, error=truth.error)
+    return row
 
 
 def _fit(
@@ -294,10 +283,10 @@ def _curves(
     target: Target,
     posterior: Posterior,
     params: Params,
-    rates: dict[str, float],
+    rates: dict[rows.Quantity, float],
     settings: Any,
 ) -> dict[str, Array]:
-    """Columns of the bounds on the way from `params`, one curve for each of the `shared_rate`s."""
+    """Columns of the bounds on the way from `params`, a curve for each quantity's `shared_rate`."""
     steps = settings.local.curve
 
     def curve(shared_rate: Array) -> Estimate:
@@ -315,10 +304,10 @@ def _curves(
     # One after the other, by one compiled program.
     curves = jax.lax.map(curve, jnp.asarray(list(rates.values())))
     columns = {}
-    for i, suffix in enumerate(rates):
+    for i, quantity in enumerate(rates):
         for j, n in enumerate(steps):
-            name = f"after_{n}_{family}{suffix}"
-            columns |= {name: curves.log_px[i, j], f"{name}_se": curves.standard_error[i, j]}
+            error = curves.standard_error[i, j]
+            columns |= rows.build(quantity.of(family, n), curves.log_px[i, j], se=error)
     return columns
 
 
@@ -362,18 +351,6 @@ def _start(key: Key, vae: VAE, variables: Variables, x: Array) -> Gaussian:
     return posteriors.moment_matched(key, posterior, params)
 
 
-def _columns(name: str, estimate: Estimate, diagnostics: bool = True) -> dict[str, Array]:
-    columns = {name: estimate.log_px, f"{name}_se": estimate.standard_error}
-    if diagnostics and not name.startswith(("elbo", "local")):
-        columns |= {f"{name}_ess": estimate.ess}
-        match name:
-            case "iwae":
-                columns |= {f"{name}_pareto_k": estimate.pareto_k}
-            case "ais":
-                columns |= {f"{name}_acceptance": estimate.acceptance}
-    return columns
-
-
 def certify_datapoint(
     key: Key, _: Array, variables: Variables, *, vae: VAE, settings: Any
 ) -> dict[str, Array]:
@@ -394,7 +371,8 @@ def certify_datapoint(
 
     options = {k: v for k, v in settings.ais.items() if k not in ("start", "adaptation")}
     result = bdmc(key, model, **options)
-    columns = {"gap": result.gap, "gap_se": result.standard_error}
-    for name, estimate in (("lower", result.lower), ("upper", result.upper)):
-        columns |= {name: estimate.log_px, f"{name}_se": estimate.standard_error}
-    return columns
+    return {
+        **rows.build(rows.TWO_SIDED.name, result.gap, se=result.standard_error),
+        **rows.build(rows.LOWER.name, result.lower),
+        **rows.build(rows.UPPER.name, result.upper),
+    }

@@ -1,4 +1,4 @@
-"""Where inference loses its nats: the decomposition over datapoints, with paired errors.
+"""Where inference loses its nats: from the bounds of N datapoints to the gaps between them.
 
     inference gap = log p̂(x) − L[q] = (log p̂(x) − L[q*]) + (L[q*] − L[q])
                                     = approximation gap   + amortization gap
@@ -8,18 +8,28 @@ SAME datapoints and gaps are averaged as differences, so what makes one digit ha
 cancels. Two errors go with a mean: `standard_error`, what another draw of N datapoints would change
 (it contains the Monte Carlo noise), and `monte_carlo_error`, what other random keys would change on
 these datapoints. Averages are float64 numpy, for a gap is a small difference of large numbers.
+
+log p̂ is AIS, and IWAE only where AIS was not run. The paper takes the larger of the two, datapoint
+by datapoint; but the luckier of two noisy bounds is no bound: its mean lies above both of theirs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from infsub.types import Array, Estimate, positive_int
+from infsub import rows as schema
+from infsub.rows import Column, Rows, label
+from infsub.types import positive_int
+
+MIN_ESS = 4.0  # effective samples of one datapoint
+MAX_PARETO_K = 0.7  # Vehtari et al. 2024, arXiv 1507.02646
+MAX_GRID_ERROR = 0.01  # nats
+# Standard errors of a difference: beyond which a mean is said to be off, and beyond which one
+# datapoint of many is.
+MEAN_ERRORS, POINT_ERRORS = 2.0, 4.0
 
 
 class Mean(NamedTuple):
@@ -38,51 +48,164 @@ class Mean(NamedTuple):
     num_datapoints: int
 
 
-class Gaps(NamedTuple):
-    """The decomposition of one family Q over one set of datapoints.
+class Line(NamedTuple):
+    """One line of the table.
 
     Attributes:
-      approximation: log p̂(x) − L[q*].
-      amortization: L[q*] − L[q].
-      inference: log p̂(x) − L[q], the sum of both.
-      excluded: [E], positions of the datapoints left out because a bound is not finite there.
+      values: [N], nats.
+      errors: [N], their Monte Carlo standard errors.
+      kind: "bound", "gap" or "difference", see `rows.Quantity`.
     """
 
-    approximation: Mean
-    amortization: Mean
-    inference: Mean
-    excluded: np.ndarray
+    values: np.ndarray
+    errors: np.ndarray
+    kind: str
+
+    @property
+    def mean(self) -> Mean:
+        """Over the datapoints, with both errors."""
+        return mean_over_datapoints(self.values, self.errors)
+
+    @property
+    def error(self) -> float:
+        """The one to print beside the mean: a bound's Monte Carlo, of all others the paired one."""
+        return self.mean.monte_carlo_error if self.kind == "bound" else self.mean.standard_error
 
 
-def tightest(*estimates: Estimate) -> Estimate:
-    """The largest of several lower bounds of ONE datapoint (jit, vmap): log p̂(x) = max_m L_m(x).
+class Flag(NamedTuple):
+    """Something to know about some datapoints: a sentence, and their indices."""
 
-    A non-finite bound is never chosen; with none left the result is NaN. The maximum of noisy
-    bounds is biased upwards (see `selection_bias`); the maximum of the means, `max_of_means`, is
-    not, up to the noise of a mean, but is looser.
+    text: str
+    indices: list[int]
+
+
+class Curve(NamedTuple):
+    """How soon local steps buy back what the encoder lost.
+
+    Attributes:
+      family: that was fitted.
+      held: whether a flow's trained weights stayed as they were.
+      points: (n, the nats that L[q*] has over the bound after n steps), n ascending.
+    """
+
+    family: str
+    held: bool
+    points: list[tuple[int, Line]]
+
+    @property
+    def label(self) -> str:
+        """The words for it in a figure."""
+        return f"{schema.family_label(self.family)}{', weights held' if self.held else ''}"
+
+
+class Decomposition(NamedTuple):
+    """What the rows of N datapoints say.
+
+    Attributes:
+      indices: [N], the datapoints that all numbers are over: those where every bound is finite.
+      lines: of the table, in its order, by name.
+      curves: where there are bounds along the way to q*.
+      families: of local inference; the encoder's own first, where it was evaluated. Only the first
+        has an amortization gap, for the others L[q*] − L[q] also holds what they gain over it.
+      notes: sentences.
+      flags: datapoints to look at, and those left out.
+    """
+
+    indices: np.ndarray
+    lines: dict[str, Line]
+    curves: list[Curve]
+    families: list[str]
+    notes: list[str]
+    flags: list[Flag]
+
+
+class Certificate(NamedTuple):
+    """What bidirectional AIS says of N datapoints that the model simulates.
+
+    Attributes:
+      line: upper − lower bound; None where it is finite nowhere.
+      notes: a sentence.
+      flags: points that are not finite.
+    """
+
+    line: Line | None
+    notes: list[str]
+    flags: list[Flag]
+
+
+def decompose(
+    rows: Rows,
+    own: str = "gaussian",
+    *,
+    min_ess: float = MIN_ESS,
+    max_pareto_k: float = MAX_PARETO_K,
+) -> Decomposition:
+    """Bounds, gaps and notes from the rows of one model, in nats.
 
     Args:
-      estimates: fields [] (or equal leading axes); `log_weights` may differ in length.
-
-    Returns:
-      The chosen estimate, without its weights (NaN [1]).
+      rows: of the datapoints; L[q] at least.
+      own: the encoder's family.
+      min_ess: an AIS of fewer effective chains is flagged, and an IWAE of fewer samples.
+      max_pareto_k: an IWAE of a heavier tail is flagged.
 
     Raises:
-      ValueError: no estimate is given.
+      ValueError: there is no L[q], or no datapoint where all bounds are finite.
     """
-    if not estimates:
-        raise ValueError("tightest needs at least one estimate; got none")
+    measured = _named(rows, schema.ELBO, schema.LOCAL, schema.IWAE, schema.AIS, schema.GRID)
+    bounds = [name for name in measured if np.isfinite(rows.columns[name].values).any()]
+    finite = rows.finite(bounds)
+    if schema.ELBO.name not in bounds or not finite.any():
+        raise ValueError("no datapoint whose bounds are all finite")
+    flags = [
+        Flag(f"{label(name)} is finite nowhere, left out", [])
+        for name in measured
+        if name not in bounds
+    ]
+    for name in bounds:
+        text = f"{label(name)} is not finite"
+        flags += _flag(text, ~rows.finite([name]), rows.indices, ", left out")
 
-    def choose(field: str) -> Array:
-        stacked = jnp.stack([jnp.asarray(getattr(e, field)) for e in estimates])
-        return jnp.where(some, jnp.take_along_axis(stacked, best, axis=0)[0], jnp.nan)
+    rows = rows.at(finite)
+    found = {name: rows.columns[name] for name in bounds}
+    families = [schema.get(name).family for name in _named(rows, schema.LOCAL) if name in found]
+    families.sort(key=lambda family: family != own)
+    lines = {name: _bound(column) for name, column in found.items()}
+    if schema.GRID.name in lines:  # no sample is drawn: no Monte Carlo error
+        grid = found[schema.GRID.name].values
+        lines[schema.GRID.name] = Line(grid, np.zeros_like(grid), "bound")
+    lines |= _log_px(lines)
+    lines |= _gaps(lines, families)
+    curves, curve_flags = _curves(rows, lines)
+    lines = {name: lines[name] for name in schema.in_order(lines)}
+    notes, disagreements = _witnesses(rows, lines, max_pareto_k)
+    return Decomposition(
+        rows.indices,
+        lines,
+        curves,
+        families,
+        [*_on_log_px(lines), *notes, *_on_gaps(lines, families, own)],
+        [*flags, *_suspects(rows, min_ess, max_pareto_k), *disagreements, *curve_flags],
+    )
 
-    bounds = jnp.stack([jnp.asarray(e.log_px) for e in estimates])
-    finite = jnp.isfinite(bounds)
-    some = jnp.any(finite, axis=0)
-    best = jnp.argmax(jnp.where(finite, bounds, -jnp.inf), axis=0)[None]
-    scalars = {field: choose(field) for field in Estimate._fields if field != "log_weights"}
-    return Estimate(**scalars, log_weights=jnp.full((*some.shape, 1), jnp.nan))
+
+def certify(rows: Rows) -> Certificate:
+    """What the two-sided bounds of simulated datapoints say of AIS, in nats."""
+    lower, upper = (rows.columns[q.name].values for q in (schema.LOWER, schema.UPPER))
+    gap = upper - lower
+    finite = np.isfinite(gap)
+    flags = _flag("the certificate is not finite", ~finite, rows.indices, " that are simulated")
+    if not finite.any():
+        return Certificate(None, [], flags)
+    two_sided = rows.columns.get(schema.TWO_SIDED.name)
+    errors = np.full_like(gap, np.nan) if two_sided is None else two_sided.errors
+    line = Line(gap[finite], errors[finite], schema.CERTIFICATE.kind)
+    mean = line.mean
+    note = (
+        f"On simulated data the AIS bound is within {mean.mean:.2f} ± {mean.standard_error:.2f} nats "
+        f"(bidirectional AIS, upper − lower bound, {mean.num_datapoints} datapoints). Of data that the "
+        "model does not simulate this is evidence and no proof: their posteriors may be harder."
+    )
+    return Certificate(line, [note], flags)
 
 
 def mean_over_datapoints(values: ArrayLike, errors: ArrayLike | None = None) -> Mean:
@@ -106,110 +229,17 @@ def mean_over_datapoints(values: ArrayLike, errors: ArrayLike | None = None) -> 
     )
 
 
-def gap(
-    upper: ArrayLike,
-    lower: ArrayLike,
-    upper_error: ArrayLike | None = None,
-    lower_error: ArrayLike | None = None,
-) -> Mean:
-    """The mean of `upper − lower` over the same datapoints [N], with the paired standard error.
+def difference(upper: Line, lower: Line, kind: str = "gap") -> Line:
+    """`upper − lower` of the same datapoints, whose mean has the paired standard error.
 
     SE = std_n(upper_n − lower_n) / √N; the Monte Carlo errors of the two add in squares (their keys
     are independent).
 
     Raises:
-      ValueError: as `mean_over_datapoints`.
+      ValueError: they are not of the same number of datapoints.
     """
-    upper = _column("upper", upper)
-    lower = _column("lower", lower, len(upper))
-    errors = None
-    if upper_error is not None and lower_error is not None:
-        errors = np.hypot(
-            _column("upper_error", upper_error, len(upper)),
-            _column("lower_error", lower_error, len(upper)),
-        )
-    return mean_over_datapoints(upper - lower, errors)
-
-
-def decompose(
-    elbo: ArrayLike,
-    local: ArrayLike,
-    log_px: ArrayLike,
-    elbo_error: ArrayLike | None = None,
-    local_error: ArrayLike | None = None,
-    log_px_error: ArrayLike | None = None,
-) -> Gaps:
-    """The three gaps of a family from L[q], L[q*] and log p̂(x), each [N] on the same datapoints.
-
-    Datapoints where one of the three is not finite are left out of all three gaps, so that the
-    inference gap stays the sum of the others, and named in `excluded`.
-
-    Raises:
-      ValueError: shapes differ, or no datapoint is finite in all three.
-    """
-    elbo = _column("elbo", elbo)
-    local, log_px = _column("local", local, len(elbo)), _column("log_px", log_px, len(elbo))
-    finite = np.isfinite(elbo) & np.isfinite(local) & np.isfinite(log_px)
-    if not finite.any():
-        raise ValueError(f"none of the {len(elbo)} datapoints has finite elbo, local and log_px")
-
-    def keep(name: str, errors: ArrayLike | None) -> np.ndarray | None:
-        return None if errors is None else _column(name, errors, len(elbo))[finite]
-
-    q = elbo[finite], keep("elbo_error", elbo_error)
-    q_star = local[finite], keep("local_error", local_error)
-    p = log_px[finite], keep("log_px_error", log_px_error)
-    return Gaps(
-        approximation=gap(p[0], q_star[0], p[1], q_star[1]),
-        amortization=gap(q_star[0], q[0], q_star[1], q[1]),
-        inference=gap(p[0], q[0], p[1], q[1]),
-        excluded=np.flatnonzero(~finite),
-    )
-
-
-def split_approximation(
-    log_px: ArrayLike, local_full: ArrayLike, local_diagonal: ArrayLike
-) -> tuple[Mean, Mean]:
-    """What the factorised Gaussian's approximation gap consists of, from arrays [N].
-
-    log p̂ − L[q*_FFG] = (L[q*_full] − L[q*_FFG]) + (log p̂ − L[q*_full]): correlations that a
-    diagonal covariance cannot have, and a shape that no Gaussian has.
-
-    Returns:
-      (covariance part, non-Gaussian part); their means add up to the approximation gap of the FFG.
-
-    Raises:
-      ValueError: as `mean_over_datapoints`.
-    """
-    return gap(local_full, local_diagonal), gap(log_px, local_full)
-
-
-def max_of_means(bounds: Sequence[ArrayLike]) -> int:
-    """The position of the bound [N] with the largest mean: log p̂ = max_m mean_n L_m(x_n).
-
-    The reproduction's choice: one estimator for all datapoints. Never above `tightest`'s mean.
-
-    Raises:
-      ValueError: as `mean_over_datapoints`, or no bound.
-    """
-    if not bounds:
-        raise ValueError("max_of_means needs at least one bound; got none")
-    return int(np.argmax([mean_over_datapoints(b).mean for b in bounds]))
-
-
-def selection_bias(error_a: ArrayLike, error_b: ArrayLike) -> float:
-    """How far, at most, choosing the larger of two noisy bounds lifts the mean of log p̂, in nats.
-
-    For a ~ N(α, σ_a²), b ~ N(β, σ_b²), independent, with s² = σ_a² + σ_b² and d = |α − β|,
-    E max(a, b) − max(α, β) = s φ(d/s) − d Φ(−d/s) ≤ s / √(2π), with equality at d = 0 (Clark,
-    Operations Research 9, 1961). Averaged over the datapoints; errors are [N].
-
-    Raises:
-      ValueError: shapes differ.
-    """
-    error_a = _column("error_a", error_a)
-    scale = np.hypot(error_a, _column("error_b", error_b, len(error_a)))
-    return float(np.mean(scale) / np.sqrt(2 * np.pi))
+    below = _column("lower", lower.values, len(upper.values))
+    return Line(upper.values - below, np.hypot(upper.errors, lower.errors), kind)
 
 
 def bootstrap_interval(
@@ -233,6 +263,189 @@ def bootstrap_interval(
     means = [values[rng.integers(0, n, n)].mean() for _ in range(num_resamples)]
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def _named(rows: Rows, *quantities: schema.Quantity) -> list[str]:
+    """The columns of these quantities that the rows have, in the order of a table's lines."""
+    return schema.in_order(n for n in rows.columns if schema.get(n).quantity in quantities)
+
+
+def _bound(column: Column) -> Line:
+    return Line(column.values, column.errors, "bound")
+
+
+def _flag(text: str, bad: np.ndarray, indices: np.ndarray, then: str = "") -> list[Flag]:
+    """The flag of the datapoints where `bad` [N], which says how many; none where there are none."""
+    if not bad.any():
+        return []
+    counted = f"{text} at {bad.sum()} of {bad.size} datapoints{then}"
+    return [Flag(counted, indices[bad].tolist())]
+
+
+def _log_px(lines: dict[str, Line]) -> dict[str, Line]:
+    """log p̂, and beside it what the paper takes for it."""
+    iwae, ais = lines.get(schema.IWAE.name), lines.get(schema.AIS.name)
+    if iwae is None and ais is None:
+        return {}
+    found = {schema.LOG_PX.name: lines[_source(lines).name]}
+    if iwae is not None and ais is not None:
+        larger = iwae.values > ais.values
+        lift = np.where(larger, iwae.values - ais.values, 0)
+        # Where AIS is the larger the lift is 0, whatever the keys, but for a change of sides.
+        lift_errors = np.where(larger, np.hypot(iwae.errors, ais.errors), 0)
+        errors = np.where(larger, iwae.errors, ais.errors)
+        best = max((ais, iwae), key=lambda line: line.mean.mean)
+        found |= {
+            schema.PAPER_MAX.name: Line(ais.values + lift, errors, "bound"),
+            schema.PAPER_MAX_OF_MEANS.name: best,
+            schema.PAPER_LIFT.name: Line(lift, lift_errors, schema.PAPER_LIFT.kind),
+        }
+    return found
+
+
+def _source(lines: dict[str, Line]) -> schema.Quantity:
+    """What log p̂ is: AIS, or IWAE where AIS was not run."""
+    return schema.AIS if schema.AIS.name in lines else schema.IWAE
+
+
+def _gaps(lines: dict[str, Line], families: list[str]) -> dict[str, Line]:
+    elbo, log_px = lines[schema.ELBO.name], lines.get(schema.LOG_PX.name)
+    found = {}
+    for family in families:
+        local = lines[schema.LOCAL.of(family)]
+        over_elbo = schema.AMORTIZATION if family == families[0] else schema.GAIN
+        found[over_elbo.of(family)] = difference(local, elbo, over_elbo.kind)
+        if log_px is not None:
+            found[schema.APPROXIMATION.of(family)] = difference(log_px, local)
+    if log_px is not None:
+        found[schema.INFERENCE.name] = difference(log_px, elbo)
+    if {"gaussian", "full_gaussian"} <= set(families):
+        full, diagonal = (lines[schema.LOCAL.of(f)] for f in ("full_gaussian", "gaussian"))
+        found[schema.COVARIANCE.name] = difference(full, diagonal)
+    return found
+
+
+def _on_log_px(lines: dict[str, Line]) -> list[str]:
+    """What log p̂ is, and how far the paper's lies above it."""
+    notes = []
+    if schema.LOG_PX.name in lines:
+        notes.append(f"log p̂ is {_source(lines).label}, the same estimator at all datapoints.")
+    if schema.PAPER_LIFT.name in lines:
+        lift, log_px = lines[schema.PAPER_LIFT.name], lines[schema.LOG_PX.name]
+        means = lines[schema.PAPER_MAX_OF_MEANS.name].mean.mean - log_px.mean.mean
+        notes.append(
+            f"The paper takes MAX(IWAE, AIS). Of each datapoint it lies {lift.mean.mean:.2f} ± "
+            f"{lift.error:.2f} nats above log p̂, for IWAE is the larger at "
+            f"{np.sum(lift.values > 0)} of {lift.values.size} and the luckier of two noisy bounds is "
+            f"no bound; of the means, {means:.2f}."
+        )
+    return notes
+
+
+def _on_gaps(lines: dict[str, Line], families: list[str], own: str) -> list[str]:
+    notes = []
+    if families and own not in families:
+        notes.append(
+            f"The encoder's own family, {schema.family_label(own)}, was not optimised locally: the "
+            f"amortization gap of {schema.family_label(families[0])} compares two families."
+        )
+    if schema.COVARIANCE.name in lines:
+        notes.append(
+            "The approximation gap of FFG is the covariance gap (what a diagonal covariance "
+            "misses) plus the approximation gap of full (what no Gaussian has)."
+        )
+    negative = [
+        label(name)
+        for name, line in lines.items()
+        if line.kind == "gap" and line.mean.mean < -MEAN_ERRORS * line.mean.standard_error
+    ]
+    if negative:
+        notes.append(
+            f"Negative by more than 2 standard errors: {', '.join(negative)}. A bound is looser than "
+            "the one below it: optimise longer, take more samples or temperatures, or start AIS "
+            "from q* (config.evaluate.ais.start=local)."
+        )
+    return notes
+
+
+def _witnesses(
+    rows: Rows, lines: dict[str, Line], max_pareto_k: float
+) -> tuple[list[str], list[Flag]]:
+    """What the other estimators of log p(x) say of log p̂: notes on its mean, flags of datapoints.
+
+    An IWAE bounds log p(x) from below as AIS does, from another start: well above AIS it says that
+    AIS has missed mass. Below it says so of its own q, which is no news where its tail is heavy.
+    """
+    if schema.LOG_PX.name not in lines:
+        return [], []
+    source, log_px = _source(lines), lines[schema.LOG_PX.name]
+    beyond = f"by more than {POINT_ERRORS:g} standard errors"
+    notes, flags = [], []
+    for name in _named(rows, schema.IWAE, schema.LOCAL_IWAE):
+        keep = rows.finite([name])
+        if name == source.name or not keep.any():
+            continue
+        some = rows.at(keep)
+        witness = some.columns[name]
+        above = difference(_bound(witness), _bound(Column(*log_px[:2]).at(keep)))
+        if above.mean.mean > MEAN_ERRORS * above.mean.standard_error:
+            notes.append(
+                f"{label(name)} exceeds log p̂ by {above.mean.mean:.2f} ± {above.error:.2f} nats: "
+                f"{source.label} has not converged. Take more temperatures, or another start "
+                "(config.evaluate.ais.start)."
+            )
+        limit = POINT_ERRORS * above.errors
+        then = f", where {source.label} misses mass"
+        bad = above.values > limit
+        flags += _flag(f"{label(name)} above log p̂ {beyond}", bad, some.indices, then)
+        if "pareto_k" in witness.fields:
+            bad = (above.values < -limit) & (witness.fields["pareto_k"] <= max_pareto_k)
+            then = ", where q misses mass, though Pareto k raises no doubt"
+            flags += _flag(f"{label(name)} below log p̂ {beyond}", bad, some.indices, then)
+    if schema.GRID.name in lines:
+        truth = rows.columns[schema.GRID.name]
+        limit = POINT_ERRORS * np.hypot(log_px.errors, truth.fields.get("error", 0))
+        bad = np.abs(log_px.values - truth.values) > limit
+        flags += _flag(f"log p̂ off log p(x) of the grid {beyond}", bad, rows.indices)
+    return notes, flags
+
+
+def _curves(rows: Rows, lines: dict[str, Line]) -> tuple[list[Curve], list[Flag]]:
+    """Curves of the families that have an L[q*]; a bound has to be finite everywhere."""
+    points: dict[tuple[str, bool], list[tuple[int, Line]]] = {}
+    flags = []
+    for name in _named(rows, schema.AFTER, schema.AFTER_HELD):
+        quantity, family, num_steps, _ = schema.get(name)
+        local, after = lines.get(schema.LOCAL.of(family)), rows.columns[name]
+        if local is None:
+            continue
+        text = f"{label(name)} is not finite"
+        if bad := _flag(text, ~rows.finite([name]), rows.indices, ", no point of its curve"):
+            flags += bad
+            continue
+        left = num_steps, difference(local, _bound(after))
+        points.setdefault((family, quantity is schema.AFTER_HELD), []).append(left)
+    curves = [Curve(*key, sorted(found, key=lambda p: p[0])) for key, found in points.items()]
+    return curves, flags
+
+
+def _suspects(rows: Rows, min_ess: float, max_pareto_k: float) -> list[Flag]:
+    """Datapoints whose bounds need a second look, by what stands beside them."""
+    ess, pareto_k, cells = (schema.FIELDS[f].meaning for f in ("ess", "pareto_k", "error"))
+    unit = schema.FIELDS["error"].unit
+    tests: dict[str, tuple[Any, str]] = {
+        "ess": (lambda v: v < min_ess, f"{ess} below {min_ess:g}"),
+        "pareto_k": (lambda v: v > max_pareto_k, f"{pareto_k} above {max_pareto_k:g}"),
+        "converged": (lambda v: v == 0, "local optimisation not converged"),
+        "error": (lambda v: v > MAX_GRID_ERROR, f"{cells} above {MAX_GRID_ERROR:g} {unit}"),
+    }
+    flags = []
+    for name in schema.in_order(rows.columns):
+        for field, values in rows.columns[name].fields.items():
+            if field in tests:
+                test, text = tests[field]
+                flags += _flag(f"{label(name)}: {text}", test(values), rows.indices)
+    return flags
 
 
 def _column(name: str, values: ArrayLike, length: int | None = None) -> np.ndarray:

@@ -21,6 +21,7 @@ import numpy as np
 from infsub import records
 from infsub.report import tables
 from infsub.report.runs import Run, load_run
+from infsub.rows import INFERENCE
 from infsub.types import UserError
 
 __all__ = ["experiment", "join", "report"]
@@ -112,7 +113,7 @@ def _draw(runs: list[Run], out: Path, figure: dict[str, Any], folders: Mapping[s
 
     kind = figure.pop("kind")
     match kind:
-        case "bars" if any("inference_gap" not in r.quantities or not r.families for r in runs):
+        case "bars" if any(INFERENCE.name not in r.lines or not r.families for r in runs):
             return "no figure (it needs L[q], one L[q*] and IWAE or AIS of every run)"
         case "bars":
             name, drawn = "gaps", figures.gap_figure(runs)

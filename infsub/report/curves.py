@@ -12,15 +12,16 @@ from matplotlib.figure import Figure
 
 from infsub.gaps import Mean
 from infsub.report.figures import STYLE, WIDTH, footer, seeds, write_foot
-from infsub.report.runs import FAMILIES, Run, curve_label, label
+from infsub.report.runs import Run
+from infsub.rows import CERTIFICATE, family_label, label
 
 # Okabe & Ito's colours again, and markers for those who print in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "os^Dv<"
 
 
-class Line(NamedTuple):
-    """One line of a panel: its name, x [M] ascending, and what is there [M], in nats."""
+class Drawn(NamedTuple):
+    """What is drawn in a panel: its name, x [M] ascending, and what is there [M], in nats."""
 
     name: str
     x: list[float]
@@ -31,10 +32,9 @@ def curve_figure(runs: Sequence[Run], x: str, y: Sequence[str], lines: Sequence[
     """A panel for each quantity of `y`, against the setting `x`; a line for each value of `lines`."""
     panels = {label(name): _lines(runs, x, name, lines) for name in y}
     foot = footer(runs)
-    if "certificate" in y:  # not of the datapoints that the rows are of
-        sizes = {
-            r.quantities["certificate"].values.size for r in runs if "certificate" in r.quantities
-        }
+    if CERTIFICATE.name in y:  # not of the datapoints that the rows are of
+        certified = [r.lines[CERTIFICATE.name] for r in runs if CERTIFICATE.name in r.lines]
+        sizes = {line.values.size for line in certified}
         foot = (
             f"Mean ± standard error over {' or '.join(map(str, sorted(sizes)))} datapoints that each "
             f"model simulates; seed {seeds(runs)}."
@@ -45,13 +45,13 @@ def curve_figure(runs: Sequence[Run], x: str, y: Sequence[str], lines: Sequence[
 def step_figure(runs: Sequence[Run]) -> Figure:
     """Nats that L[q*] is still ahead after n steps of local optimisation, for every run's curves."""
     drawn = [
-        Line(
-            run.name if len(run.curves) == 1 else f"{run.name}: {curve_label(fitted)}",
-            [float(n) for n, _ in curve],
-            [quantity.mean for _, quantity in curve],
+        Drawn(
+            run.name if len(run.curves) == 1 else f"{run.name}: {curve.label}",
+            [float(n) for n, _ in curve.points],
+            [line.mean for _, line in curve.points],
         )
         for run in runs
-        for fitted, curve in run.curves.items()
+        for curve in run.curves
     ]
     figure = _figure(
         {"": drawn}, "local steps from the encoder's q", footer(runs), "L[q*] − L, nats"
@@ -72,22 +72,21 @@ _AXES = {
 }
 
 
-def _lines(runs: Sequence[Run], x: str, name: str, fields: Sequence[str]) -> list[Line]:
+def _lines(runs: Sequence[Run], x: str, name: str, fields: Sequence[str]) -> list[Drawn]:
     found: dict[str, list[tuple[float, Mean]]] = {}
     for run in runs:
-        if name in run.quantities:
-            values = [str(run.settings[field]) for field in fields]
-            line = ", ".join(FAMILIES.get(value, value) for value in values)
+        if name in run.lines:
+            kind = ", ".join(family_label(str(run.settings[field])) for field in fields)
             place = float(str(run.settings[x]).removeprefix("epoch_"))
-            found.setdefault(line, []).append((place, run.quantities[name].mean))
-    lines = []
-    for line, points in found.items():
+            found.setdefault(kind, []).append((place, run.lines[name].mean))
+    drawn = []
+    for kind, points in found.items():
         points.sort(key=lambda point: point[0])
-        lines.append(Line(line, [p for p, _ in points], [m for _, m in points]))
-    return lines
+        drawn.append(Drawn(kind, [p for p, _ in points], [m for _, m in points]))
+    return drawn
 
 
-def _figure(panels: dict[str, list[Line]], x_label: str, foot: str, y_label: str) -> Figure:
+def _figure(panels: dict[str, list[Drawn]], x_label: str, foot: str, y_label: str) -> Figure:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 1.7 * len(panels) + 0.5))
         figure.set_layout_engine("constrained")
@@ -102,7 +101,7 @@ def _figure(panels: dict[str, list[Line]], x_label: str, foot: str, y_label: str
     return figure
 
 
-def _draw(axes: Axes, lines: list[Line]) -> None:
+def _draw(axes: Axes, lines: list[Drawn]) -> None:
     for i, line in enumerate(lines):
         style = i % len(COLOURS)
         axes.errorbar(

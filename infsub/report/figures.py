@@ -16,10 +16,11 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from infsub import records
-from infsub.report.runs import FAMILIES, Run
+from infsub.report.runs import Run
+from infsub.rows import AMORTIZATION, APPROXIMATION, ELBO, INFERENCE, LOCAL, LOG_PX, label
 
 # Okabe & Ito's colours (jfly.uni-koeln.de/color): told apart with any colour vision, and in grey.
-AMORTIZATION, APPROXIMATION = "#0072B2", "#F0B430"
+BLUE, YELLOW = "#0072B2", "#F0B430"  # of the amortization gap, of the approximation gap
 STYLE: Any = {
     "font.size": 7,
     "legend.fontsize": 7,
@@ -69,7 +70,7 @@ def gap_figure(runs: Sequence[Run]) -> Figure:
         axes[0].spines["left"].set_visible(False)
         axes[0].set_xlabel("nats relative to log p̂(x)")
         axes[0].legend(
-            [Patch(color=AMORTIZATION), Patch(color=APPROXIMATION)],
+            [Patch(color=BLUE), Patch(color=YELLOW)],
             ["amortization gap", "approximation gap"],
             loc="lower left",
             bbox_to_anchor=(0, 1),
@@ -108,12 +109,12 @@ def _draw_bar(
     """Nats relative to log p̂(x): what the encoder loses, then what its family cannot reach."""
     own = run.families[0]
     inference, amortization, approximation = (
-        run.quantities[name].mean
-        for name in ("inference_gap", f"amortization_gap_{own}", f"approximation_gap_{own}")
+        run.lines[name].mean
+        for name in (INFERENCE.name, AMORTIZATION.of(own), APPROXIMATION.of(own))
     )
     for right, gap, color, ink in (
-        (-approximation.mean, amortization, AMORTIZATION, "white"),
-        (0.0, approximation, APPROXIMATION, "black"),
+        (-approximation.mean, amortization, BLUE, "white"),
+        (0.0, approximation, YELLOW, "black"),
     ):
         axes.barh(top, gap.mean, left=right - gap.mean, height=BAR, align="edge", color=color)
         room = _per_nat(axes.get_xlim()) * abs(gap.mean)
@@ -135,15 +136,15 @@ def _draw_bar(
 
 def _marks(run: Run) -> list[tuple[float, str]]:
     """(nats relative to log p̂, what lies there), from the left."""
-    mean = {name: q.mean.mean for name, q in run.quantities.items()}
+    mean = {name: line.mean.mean for name, line in run.lines.items()}
     marks = [
-        (-mean["inference_gap"], f"L[q] {mean['elbo']:.1f}"),
-        (0.0, f"log p̂ {mean['log_px']:.1f}"),
+        (-mean[INFERENCE.name], f"{ELBO.label} {mean[ELBO.name]:.1f}"),
+        (0.0, f"{LOG_PX.label} {mean[LOG_PX.name]:.1f}"),
     ]
     for family in run.families:
-        text = f"L[q*] {_name(family)}"
-        text += f" {mean[f'local_{family}']:.1f}" if family == run.families[0] else ""
-        marks.append((-mean[f"approximation_gap_{family}"], text))
+        text = label(LOCAL.of(family))
+        text += f" {mean[LOCAL.of(family)]:.1f}" if family == run.families[0] else ""
+        marks.append((-mean[APPROXIMATION.of(family)], text))
     return sorted((x, text.replace("-", "−")) for x, text in marks)
 
 
@@ -179,19 +180,15 @@ def _points(text: str, size: float) -> float:
     return 0.55 * size * len(text)
 
 
-def _name(family: str) -> str:
-    return FAMILIES.get(family, family)
-
-
 def _draw_datapoints(axes: Axes, run: Run) -> None:
     """Every datapoint's gaps stacked, in the order of their sum."""
-    amortization = run.quantities[f"amortization_gap_{run.families[0]}"].values
-    inference = run.quantities["inference_gap"].values
+    amortization = run.lines[AMORTIZATION.of(run.families[0])].values
+    inference = run.lines[INFERENCE.name].values
     order = np.argsort(-inference)
     edges = np.arange(len(order) + 1)
     for top, bottom, color in (
-        (amortization, np.zeros_like(inference), AMORTIZATION),
-        (inference, amortization, APPROXIMATION),
+        (amortization, np.zeros_like(inference), BLUE),
+        (inference, amortization, YELLOW),
     ):
         axes.stairs(top[order], edges, baseline=bottom[order], fill=True, color=color)
     axes.axhline(0, color="black", lw=0.6)

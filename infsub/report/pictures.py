@@ -12,11 +12,11 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from infsub.report.figures import SMALL, STYLE, write_foot
-from infsub.report.runs import FAMILIES
+from infsub.rows import family_label
 
 WIDTH = 6.75  # inches, a paper's page
 PAGE_ROWS = 8  # that it has room for
-LINES = "#0072B2"  # the true posterior's, over every q
+CONTOUR = "#0072B2"  # of the true posterior, over every q
 MASSES = (0.95, 0.5)  # inside the lines
 # log q of these families is of z and v together, so log p(x) − L[q] bounds the KL from above.
 BOUNDED = ("auxiliary", "hamiltonian")
@@ -69,7 +69,7 @@ def _drawn(arrays: Mapping[str, np.ndarray], num_models: int) -> np.ndarray:
 
 
 def _name_columns(axes: Sequence[Axes], arrays: Mapping[str, np.ndarray], model: str) -> None:
-    own, *families = (FAMILIES.get(str(family), str(family)) for family in arrays["families"])
+    own, *families = (family_label(str(family)) for family in arrays["families"])
     titles = ["x", "p(z|x)", f"q(z|x) {own}", *(f"q* {family}" for family in families)]
     for column, title in zip(axes, titles, strict=False):
         column.set_title(title, fontsize=7, pad=3)
@@ -114,7 +114,7 @@ def _draw_density(
     extent = (low[0], low[0] + width, low[1], low[1] + width)
     options: Any = {"origin": "lower", "extent": extent}
     axes.imshow(density.T, cmap=_colors(), vmin=0, vmax=top, interpolation="bilinear", **options)
-    axes.contour(truth.T, levels=_levels(truth), colors=LINES, linewidths=0.5, **options)
+    axes.contour(truth.T, levels=_levels(truth), colors=CONTOUR, linewidths=0.5, **options)
 
 
 def _levels(truth: np.ndarray) -> list[float]:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from infsub import gaps
-from infsub.report.runs import Run, label, line_names
+from infsub.report.runs import Run, line_names
+from infsub.rows import get, label
 
 # What a run says of itself in a caption; runs that are joined also say where they differ.
 SETTINGS = ("data", "evaluate", "model.latent_dim", "model.posterior", "seed")
@@ -35,30 +36,30 @@ def in_parentheses(value: float, error: float) -> str:
 
 
 def best_runs(runs: Sequence[Run]) -> dict[str, set[int]]:
-    """For each quantity, the runs (by position) whose value is to be set in bold.
+    """For each line, the runs (by position) whose value is to be set in bold.
 
     A run is the best when its mean is ahead of that of every other run on the same data by more
     than 2 standard errors of the difference: paired on the same datapoints, else added in squares.
     """
     best: dict[str, set[int]] = {}
-    for name in [n for n in line_names(runs) if not n.startswith(("gain", "certificate"))]:
+    for name in [n for n in line_names(runs) if get(n).quantity.kind != "difference"]:
         for i, run in enumerate(runs):
             others = [o for o in runs if o is not run and o.data == run.data]
-            others = [o for o in others if name in o.quantities]
-            if name in run.quantities and others and all(_ahead(name, run, o) for o in others):
+            others = [o for o in others if name in o.lines]
+            if name in run.lines and others and all(_ahead(name, run, o) for o in others):
                 best.setdefault(name, set()).add(i)
     return best
 
 
 def _ahead(name: str, run: Run, other: Run) -> bool:
-    a, b = run.quantities[name], other.quantities[name]
+    a, b = run.lines[name], other.lines[name]
     if np.array_equal(run.indices, other.indices):
-        difference = gaps.gap(a.values, b.values)
-        lead, error = difference.mean, difference.standard_error
+        paired = gaps.difference(a, b).mean
+        lead, error = paired.mean, paired.standard_error
     else:
         lead = a.mean.mean - b.mean.mean
         error = math.hypot(a.mean.standard_error, b.mean.standard_error)
-    return (-lead if a.is_gap else lead) > 2 * error
+    return (-lead if a.kind == "gap" else lead) > 2 * error
 
 
 def markdown(runs: Sequence[Run]) -> list[str]:
@@ -74,8 +75,8 @@ def markdown(runs: Sequence[Run]) -> list[str]:
     for name in line_names(runs):
         cells = []
         for i, run in enumerate(runs):
-            quantity = run.quantities.get(name)
-            cell = in_parentheses(quantity.mean.mean, quantity.error) if quantity else "–"
+            line = run.lines.get(name)
+            cell = in_parentheses(line.mean.mean, line.error) if line else "–"
             cells.append(f"**{cell}**" if i in best.get(name, ()) else cell)
         table.append(f"| {label(name)} | " + " | ".join(cells) + " |")
     counts = [str(len(run.indices)) for run in runs]
@@ -84,8 +85,8 @@ def markdown(runs: Sequence[Run]) -> list[str]:
 
 def _markdown_lines(run: Run) -> Iterator[str]:
     for name in line_names([run]):
-        mean = run.quantities[name].mean
-        low, high = gaps.bootstrap_interval(run.quantities[name].values)
+        mean = run.lines[name].mean
+        low, high = gaps.bootstrap_interval(run.lines[name].values)
         yield (
             f"| {label(name)} | {mean.mean:.2f} | {mean.standard_error:.2f} "
             f"| {mean.monte_carlo_error:.2g} | {low:.2f} … {high:.2f} |"
@@ -132,14 +133,14 @@ def _compact(value: Any) -> str:
 
 
 def csv_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """One line a run and quantity, in nats."""
+    """A row for each run and line, in nats."""
     rows = []
     for run in runs:
         for name in line_names([run]):
-            quantity = run.quantities[name]
-            low, high = gaps.bootstrap_interval(quantity.values)
+            line = run.lines[name]
+            low, high = gaps.bootstrap_interval(line.values)
             rows.append(
-                {"run": run.name, "quantity": name, **quantity.mean._asdict()}
+                {"run": run.name, "quantity": name, **line.mean._asdict()}
                 | {"low_95": low, "high_95": high, "seed": run.settings.get("seed")}
                 | {k: run.settings.get(k) for k in ("data.name", "evaluate.split")}
             )
@@ -153,11 +154,11 @@ def latex(runs: Sequence[Run]) -> str:
     for name in line_names(runs):
         cells = [label(name, latex=True)]
         for i, run in enumerate(runs):
-            quantity = run.quantities.get(name)
-            cell = in_parentheses(quantity.mean.mean, quantity.error) if quantity else "--"
+            line = run.lines.get(name)
+            cell = in_parentheses(line.mean.mean, line.error) if line else "--"
             bold = i in best.get(name, ())
-            cells.append(rf"$\mathbf{{{cell}}}$" if bold else f"${cell}$" if quantity else cell)
-        if name.startswith("approximation") and r"\midrule" not in body:
+            cells.append(rf"$\mathbf{{{cell}}}$" if bold else f"${cell}$" if line else cell)
+        if get(name).quantity.kind == "gap" and r"\midrule" not in body:
             body.append(r"\midrule")
         body.append(" & ".join(cells) + r" \\")
     counts = [str(len(run.indices)) for run in runs]
