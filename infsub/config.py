@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from infsub.ais import ADAPTATIONS
 from infsub.local import RULES
+from infsub.posteriors import FAMILIES
 from infsub.schedules import SCHEDULES
 from infsub.types import UserError, increasing_steps
 
@@ -35,24 +36,8 @@ NOT_IDENTITY = (
     "report",
 )
 
-# Amortised families that take features h(x) get them: without, their flow would never see x.
-POSTERIORS: dict[str, dict[str, Any]] = {
-    "gaussian": {},
-    "full_gaussian": {},
-    "planar": {"num_steps": 2},
-    "sylvester": {"num_steps": 2, "num_reflections": 8},
-    "rnvp": {"num_steps": 2, "hidden": (200,), "context_dim": 50},
-    "auxiliary": {
-        "num_steps": 2,
-        "hidden": (200,),
-        "auxiliary_hidden": (200, 200),
-        "context_dim": 50,
-    },
-    "hamiltonian": {"num_steps": 2, "auxiliary_hidden": (200, 200), "context_dim": 50},
-}
-
 CHOICES = {
-    "model.posterior.name": tuple(POSTERIORS),
+    "model.posterior.name": tuple(FAMILIES),
     "data.binarisation": ("threshold", "dynamic"),
     "model.encoder.kind": ("mlp", "conv"),
     "model.decoder.kind": ("mlp", "conv"),
@@ -201,11 +186,11 @@ def variant(arg: str | None, **defaults: str) -> dict[str, str]:
 
 def posterior(name: str, **options: Any) -> Config:
     """`config.model.posterior` of a family; options are its maker's arguments (posteriors.py)."""
-    if name not in POSTERIORS:
+    if name not in FAMILIES:
         raise UserError(
-            f"config.model.posterior.name is {name!r}; it must be one of {', '.join(POSTERIORS)}."
+            f"config.model.posterior.name is {name!r}; it must be one of {', '.join(FAMILIES)}."
         )
-    return ConfigDict({"name": name} | POSTERIORS[name] | options)
+    return ConfigDict({"name": name, **FAMILIES[name].defaults, **options})
 
 
 def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -258,10 +243,10 @@ def resolve(config: Config) -> Config:
             "many to simulate."
         )
     for family in evaluate.local.families:
-        if family not in POSTERIORS:
+        if family not in FAMILIES:
             raise UserError(
                 f"config.evaluate.local.families has {family!r}; each must be one of "
-                f"{', '.join(POSTERIORS)}."
+                f"{', '.join(FAMILIES)}."
             )
     if evaluate.ais.start == "local" and not evaluate.local.families:
         raise UserError(

@@ -258,8 +258,7 @@ def _fit(
     key: Key, family: str, target: Target, base: Gaussian, settings: Any
 ) -> tuple[Posterior, Params, LocalResult, Key]:
     """Local inference of one family: it, its start, its q*, and a key for what is done with them."""
-    options = {"target": target} if family == "hamiltonian" else {}
-    posterior = posteriors.make(family, target.latent_dim, **options)
+    posterior = posteriors.make(family, target.latent_dim, target=target)
     key_init, key_fit, key_after = jax.random.split(
         jax.random.fold_in(key, zlib.crc32(family.encode())), 3
     )

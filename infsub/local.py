@@ -6,7 +6,6 @@ its own convergence and changes no more, and a block ends when all of its datapo
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from infsub.types import (
     Key,
     Params,
     Posterior,
+    Sample,
     Target,
     as_partial,
     increasing_steps,
@@ -177,19 +177,27 @@ def _checked_start(
 ) -> tuple[Posterior, Params]:
     """The posterior as a pytree and where it starts, both fit for the rule."""
     posterior = Posterior(as_partial(posterior.init), as_partial(posterior.sample))
-    arguments = inspect.signature(posterior.sample).parameters
-    if rule.sticking_the_landing and "sticking" not in arguments:
-        raise ValueError(
-            "sticking_the_landing needs posterior.sample(key, params, sticking=True), which this "
-            "posterior has not: it takes a rule of sticking_the_landing=False"
-        )
     if params is None:
         params = posterior.init(key)
     expected = jax.tree.map(jnp.shape, jax.eval_shape(posterior.init, key))
     found = jax.tree.map(jnp.shape, params)
     if found != expected:
         raise ValueError(f"params must have the posterior's shapes, {expected}; got {found}")
+    if rule.sticking_the_landing:
+        try:
+            jax.eval_shape(_sample_sticking, posterior.sample, key, params)  # cached by jax
+        except TypeError as error:
+            if "unexpected keyword argument 'sticking'" not in str(error):
+                raise
+            raise ValueError(
+                "sticking_the_landing needs posterior.sample(key, params, sticking=True), which "
+                "this posterior has not: it takes a rule of sticking_the_landing=False"
+            ) from error
     return posterior, params
+
+
+def _sample_sticking(sample: Sample, key: Key, params: Params) -> tuple[Array, Array]:
+    return sample(key, params, sticking=True)
 
 
 def _checked_rule(rule: str | Rule, changes: dict[str, Any]) -> Rule:
@@ -222,13 +230,15 @@ def _step(
     `rates` is one learning rate, or one for each subtree of the params.
     """
     params, moments = fitted
-    sticking = {"sticking": True} if rule.sticking_the_landing else {}
+    draw = posterior.sample
+    if rule.sticking_the_landing:
+        draw = partial(_sample_sticking, posterior.sample)
 
     def elbo(params: Params) -> Array:
         keys = jax.random.split(jax.random.fold_in(key, number), rule.num_samples)
 
         def q(key: Key) -> tuple[Array, Array]:
-            return posterior.sample(key, params, **sticking)
+            return draw(key, params)
 
         return jnp.mean(jax.vmap(lambda key: bounds.log_weight(key, target, q))(keys))
 

@@ -6,18 +6,20 @@ and ["log_scale"] [D], and `init` starts it there: N(0, I) through a flow that i
 nearly so. A family with `context_dim` > 0 sees features h(x), params["encoded"]["context"] [C]; in
 local use they are a free vector.
 
-Every `sample` here takes a third argument: sample(key, params, sticking=True) returns the same
-numbers, but log_q carries the gradient through z alone and none of the density's own parameters
-("sticking the landing", Roeder et al. 2017, arXiv 1703.09194). The ELBO's gradient is the same in
-expectation, and has no noise left where q is the posterior.
+With sticking=True a `sample` returns the same numbers, but log_q carries the gradient through z
+alone and none of the density's own parameters ("sticking the landing", Roeder et al. 2017, arXiv
+1703.09194). The ELBO's gradient is the same in expectation, and has no noise left where q is the
+posterior.
+
+`FAMILIES`, at the end, is all that the rest of infsub knows of a family.
 """
 
 from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,38 +29,48 @@ from jax.tree_util import Partial
 from infsub import densities, flows
 from infsub.types import Array, Gaussian, Key, Params, Posterior, Target, as_partial, positive_int
 
-NAMES = ("gaussian", "full_gaussian", "planar", "rnvp", "auxiliary", "sylvester", "hamiltonian")
-
 _LOG_SCALE_LIMIT = 15.0  # e^±15 is what float32 resolves beside a mean of order 1
 _LOG_SCALE_LIMIT_V = 7.0  # v has no unit but its own
 
 
-def make(name: str, latent_dim: int, **options: Any) -> Posterior:
+class Family(NamedTuple):
+    """What there is to know of a family by its name; a row of `FAMILIES`.
+
+    Attributes:
+      constructor: (latent_dim, **options) -> Posterior, or (target, **options) if it needs one.
+      label: in tables and figures.
+      defaults: options of an amortised one in a config. A family that can see features h(x) gets
+        them: without, its flow would never see x.
+      needs_target: whether its `sample` computes with the datapoint's Target.
+      auxiliary: whether it has an auxiliary variable v: then log_q is of z and v together, and
+        log p(x) − L[q] bounds KL(q‖p) from above.
+    """
+
+    constructor: Callable[..., Posterior]
+    label: str
+    defaults: Mapping[str, Any]
+    needs_target: bool = False
+    auxiliary: bool = False
+
+
+def make(name: str, latent_dim: int, *, target: Target | None = None, **options: Any) -> Posterior:
     """The family called `name` over z [D]; options are its constructor's arguments.
 
-    "hamiltonian" needs the option `target`, a Target of the same D.
-    Raises ValueError when the name is unknown or a size is wrong, TypeError for an unknown option.
+    target: of the same D, for a family that needs it; the others do not look at it.
+    Raises ValueError when the name is unknown, the target is missing or a size is wrong, TypeError
+    for an unknown option.
     """
-    match name:
-        case "gaussian":
-            return gaussian(latent_dim, **options)
-        case "full_gaussian":
-            return full_gaussian(latent_dim, **options)
-        case "planar":
-            return planar(latent_dim, **options)
-        case "rnvp":
-            return rnvp(latent_dim, **options)
-        case "auxiliary":
-            return auxiliary(latent_dim, **options)
-        case "sylvester":
-            return sylvester(latent_dim, **options)
-        case "hamiltonian":
-            posterior = hamiltonian(**options)
-            if options["target"].latent_dim != latent_dim:
-                found = options["target"].latent_dim
-                raise ValueError(f"the target has latent_dim={found}; the posterior {latent_dim}")
-            return posterior
-    raise ValueError(f"unknown posterior {name!r}: it must be one of {', '.join(NAMES)}")
+    if name not in FAMILIES:
+        raise ValueError(f"unknown posterior {name!r}: it must be one of {', '.join(FAMILIES)}")
+    family = FAMILIES[name]
+    if not family.needs_target:
+        return family.constructor(latent_dim, **options)
+    if target is None or target.latent_dim != latent_dim:
+        found = "no target" if target is None else f"a target of latent_dim={target.latent_dim}"
+        raise ValueError(
+            f"posterior {name!r} needs a target of latent_dim={latent_dim}; got {found}"
+        )
+    return family.constructor(target, **options)
 
 
 def sampler(posterior: Posterior, params: Params) -> Partial:
@@ -423,3 +435,25 @@ def _hamiltonian(
         return sample_through(flow, width, key, params, sticking)
 
     return init, sample
+
+
+FAMILIES = {
+    "gaussian": Family(gaussian, "FFG", {}),
+    "full_gaussian": Family(full_gaussian, "full", {}),
+    "planar": Family(planar, "planar", {"num_steps": 2}),
+    "rnvp": Family(rnvp, "RNVP", {"num_steps": 2, "hidden": (200,), "context_dim": 50}),
+    "auxiliary": Family(
+        auxiliary,
+        "AF",
+        {"num_steps": 2, "hidden": (200,), "auxiliary_hidden": (200, 200), "context_dim": 50},
+        auxiliary=True,
+    ),
+    "sylvester": Family(sylvester, "Sylvester", {"num_steps": 2, "num_reflections": 8}),
+    "hamiltonian": Family(
+        hamiltonian,
+        "HF",
+        {"num_steps": 2, "auxiliary_hidden": (200, 200), "context_dim": 50},
+        needs_target=True,
+        auxiliary=True,
+    ),
+}

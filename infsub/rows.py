@@ -15,18 +15,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from infsub.posteriors import FAMILIES
 from infsub.types import Array, Estimate
 
 INDEX, LABEL = "index", "label"  # of a datapoint in its split, and its class
-FAMILIES = {
-    "gaussian": "FFG",
-    "full_gaussian": "full",
-    "planar": "planar",
-    "rnvp": "RNVP",
-    "auxiliary": "AF",
-    "sylvester": "Sylvester",
-    "hamiltonian": "HF",
-}
 
 
 class Field(NamedTuple):
@@ -169,7 +161,7 @@ def get(name: str) -> Found:
 
 def family_label(family: str) -> str:
     """How tables and figures call a family; one that is not ours, by its own name."""
-    return FAMILIES.get(family, family)
+    return FAMILIES[family].label if family in FAMILIES else family
 
 
 def label(name: str, latex: bool = False) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 from jax.tree_util import Partial
@@ -171,6 +171,14 @@ class Estimate(NamedTuple):
     pareto_k: Array
 
 
+class Sample(Protocol):
+    """(key, params) -> (z [D], log_q []), with or without the gradient of log_q's own parameters."""
+
+    def __call__(
+        self, key: Key, params: Params, /, sticking: bool = False
+    ) -> tuple[Array, Array]: ...
+
+
 class Posterior(NamedTuple):
     """A family of approximate posteriors; the same object serves amortised and local inference.
 
@@ -180,10 +188,12 @@ class Posterior(NamedTuple):
         fits both to a single datapoint.
       sample: (key, params) -> (z [D], log_q []). log_q is normalised, or, for a family with an
         auxiliary variable, log q(z, v) − log r(v|z), whose importance weights are still unbiased.
+        sticking=True keeps the numbers and drops the gradient of log_q that does not
+        come through z; a posterior without it is for rules of sticking_the_landing=False.
     """
 
     init: Callable[[Key], Params]
-    sample: Callable[[Key, Params], tuple[Array, Array]]
+    sample: Sample
 
 
 class UserError(Exception):

@@ -40,7 +40,7 @@ class VAE(NamedTuple):
       latent_dim: D.
       init: key -> variables.
       encode: (variables, x [H, W, C]) -> the posterior's params.
-      posterior: (variables, x) -> Posterior; only a Hamiltonian one depends on its arguments.
+      posterior: (variables, x) -> Posterior; one that needs no target is the same for all.
       sampler: (variables, x) -> Partial, key -> (z [D], log_q []).
       decode: (variables, z [D]) -> pixel params [H, W, C·P], P = 1 (logits) or 2 (mean, log scale).
       log_likelihood: (variables, x, z) -> [], log p(x|z).
@@ -87,12 +87,11 @@ def _make_vae(fields: str, image_shape: tuple[int, int, int], levels: int) -> VA
     latent_dim = model.latent_dim
     options = configs.posterior(**model.posterior).to_dict()
     family = functools.partial(posteriors.make, options.pop("name"), latent_dim, **options)
-    needs_target = model.posterior.name == "hamiltonian"
 
     def nowhere(z: Array) -> Array:
         return jnp.zeros((), z.dtype)
 
-    template = family(target=Target(None, nowhere, latent_dim)) if needs_target else family()
+    template = family(target=Target(None, nowhere, latent_dim))
     encoded = jax.tree.map(
         lambda a: jnp.zeros(a.shape, a.dtype),
         jax.eval_shape(template.init, jax.random.key(0))["encoded"],
@@ -119,7 +118,7 @@ def _make_vae(fields: str, image_shape: tuple[int, int, int], levels: int) -> VA
         return {"encoded": unravel(outputs), "shared": variables["posterior"]}
 
     def posterior(variables: Variables, x: Array) -> Posterior:
-        return family(target=target(variables, x)) if needs_target else template
+        return family(target=target(variables, x))
 
     def sampler(variables: Variables, x: Array) -> Partial:
         return posteriors.sampler(posterior(variables, x), encode(variables, x))

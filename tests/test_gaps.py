@@ -15,6 +15,7 @@ from models import linear_gaussian
 from infsub import config as configs
 from infsub import gaps, records, report, rows
 from infsub.gaps import Line
+from infsub.posteriors import FAMILIES
 from infsub.types import Estimate, Gaussian
 
 NUM_DATA_SETS = 2000
@@ -118,7 +119,7 @@ WHOLE = st.integers(-1000, 1000).map(float)  # sums are exact, and ties stay tie
 @st.composite
 def any_bounds(draw):
     """{name: [N]} of L[q], several L[q*], IWAE and AIS, in any order of size; and their errors."""
-    families = draw(st.lists(st.sampled_from(sorted(rows.FAMILIES)), min_size=1, unique=True))
+    families = draw(st.lists(st.sampled_from(sorted(FAMILIES)), min_size=1, unique=True))
     names = ["elbo", *(rows.LOCAL.of(family) for family in families), "iwae", "ais"]
     num, numbers = draw(st.integers(1, 6)), WHOLE
     column = st.lists(numbers, min_size=num, max_size=num).map(np.array)

@@ -20,9 +20,9 @@ OPTIONS = {
     "auxiliary": {"hidden": [7], "auxiliary_hidden": [6, 5], "context_dim": 2},
     "hamiltonian": {"auxiliary_hidden": (6, 5), "context_dim": 2},
 }
-AUXILIARY = ("auxiliary", "hamiltonian")
+AUXILIARY = tuple(n for n, family in posteriors.FAMILIES.items() if family.auxiliary)
 
-each_family = pytest.mark.parametrize("name", posteriors.NAMES)
+each_family = pytest.mark.parametrize("name", posteriors.FAMILIES)
 
 
 def quartic(z):
@@ -31,9 +31,8 @@ def quartic(z):
 
 
 def family(name, latent_dim, **options):
-    if name == "hamiltonian":
-        options = {"target": Target(None, quartic, latent_dim)} | options
-    return posteriors.make(name, latent_dim, **(OPTIONS.get(name, {}) | options))
+    options = {"target": Target(None, quartic, latent_dim)} | OPTIONS.get(name, {}) | options
+    return posteriors.make(name, latent_dim, **options)
 
 
 def anywhere(seed, posterior, size=0.3, dtype=np.float32):
@@ -156,7 +155,7 @@ def test_importance_weights_average_to_one(name):
         return densities.standard_normal(residual) - jnp.log(0.8 * 0.6)
 
     target = Target(log_p, lambda z: jnp.zeros(()), 2)
-    posterior = family(name, 2, **({"target": target} if name == "hamiltonian" else {}))
+    posterior = family(name, 2, target=target)
     params = anywhere(5, posterior, 0.1)
     params["encoded"]["log_scale"] = jnp.asarray([0.2, 0.3])
     if name == "hamiltonian":
@@ -175,7 +174,7 @@ def test_starts_at_the_factorised_gaussian(name):
     model = models.linear_gaussian(20, 30)
     _, x = model.simulate(jax.random.key(7))
     target, start = model.target(x), model.best_gaussian(x)
-    posterior = family(name, 20, **({"target": target} if name == "hamiltonian" else {}))
+    posterior = family(name, 20, target=target)
     params = posteriors.with_gaussian(jax.jit(posterior.init)(jax.random.key(8)), start)
     np.testing.assert_allclose(posteriors.gaussian_of(params).scale, start.scale, rtol=1e-5)
     found = bounds.elbo(jax.random.key(9), target, posteriors.sampler(posterior, params), 2000)
@@ -188,7 +187,7 @@ def test_starts_at_the_factorised_gaussian(name):
 def test_extreme_inputs_stay_finite(name):
     """Whatever an encoder says, up to 1e4: z, log_q and all gradients are finite, in float32."""
     target = Target(None, lambda z: -0.5 * jnp.sum((z - 0.5) ** 2), 5)
-    posterior = family(name, 5, **({"target": target} if name == "hamiltonian" else {}))
+    posterior = family(name, 5, target=target)
 
     @jax.jit
     @functools.partial(jax.vmap, in_axes=(0, {"encoded": 0, "shared": None}))
@@ -322,5 +321,7 @@ def test_mistakes_are_named():
         posteriors.auxiliary(2, activation="gelu")
     with pytest.raises(ValueError, match="rank must be at most latent_dim=2; got 3"):
         posteriors.sylvester(2, rank=3)
-    with pytest.raises(ValueError, match="the target has latent_dim=3; the posterior 2"):
+    with pytest.raises(ValueError, match=r"needs a target of latent_dim=2; got .*latent_dim=3"):
         posteriors.make("hamiltonian", 2, target=Target(None, quartic, 3))
+    with pytest.raises(ValueError, match="needs a target of latent_dim=2; got no target"):
+        posteriors.make("hamiltonian", 2)

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infsub import records, rows
+from infsub import posteriors, records, rows
 from infsub.types import Estimate
 
 MEASURED = [quantity for quantity in rows.QUANTITIES if quantity.fields]
-FAMILIES = st.sampled_from(sorted(rows.FAMILIES))
+FAMILIES = st.sampled_from(sorted(posteriors.FAMILIES))
 NUMBERS = st.floats(width=64) | st.none()  # NaN and infinities too
 
 

@@ -10,6 +10,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from infsub import bounds, config, data
+from infsub.posteriors import FAMILIES
 from infsub.vae import make_vae
 
 KEY = jax.random.key(0)
@@ -49,10 +50,10 @@ def images(key, num, shape=SHAPE, levels=2):
     return jax.random.randint(key, (num, *shape), 0, levels).astype(jnp.float32)
 
 
-@pytest.mark.parametrize("name", config.POSTERIORS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_amortised(name):
     small = {"num_steps": 1, "hidden": (4,), "auxiliary_hidden": (4,), "num_reflections": 2}
-    options = {n: small[n] for n in config.POSTERIORS[name] if n in small}
+    options = {n: small[n] for n in FAMILIES[name].defaults if n in small}
     vae = make_vae(model(name, **options), SHAPE, 2)
     variables = somewhere(vae)
 

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
+from infsub.posteriors import FAMILIES
 from infsub.report.figures import SMALL, STYLE, write_foot
 from infsub.rows import family_label
 
@@ -18,8 +19,6 @@ WIDTH = 6.75  # inches, a paper's page
 PAGE_ROWS = 8  # that it has room for
 CONTOUR = "#0072B2"  # of the true posterior, over every q
 MASSES = (0.95, 0.5)  # inside the lines
-# log q of these families is of z and v together, so log p(x) − L[q] bounds the KL from above.
-BOUNDED = ("auxiliary", "hamiltonian")
 
 
 def _colors() -> ListedColormap:
@@ -84,6 +83,7 @@ def _draw_row(all_axes: Sequence[Axes], arrays: Mapping[str, np.ndarray], n: int
     low, width = arrays["low"][n], arrays["width"][n]
     densities = [_smoothed(density) for density in arrays["densities"][n]]
     top = max(truth.max(), *(density.max() for density in densities))
+    bounded = {name for name, family in FAMILIES.items() if family.auxiliary}
     _draw_density(truth_axes, truth, truth, low, width, top)
     truth_axes.set_xlabel(f"log p(x) {log_px:.1f}".replace("-", "−"), fontsize=SMALL)
     _draw_scale(truth_axes, low, width)
@@ -93,7 +93,7 @@ def _draw_row(all_axes: Sequence[Axes], arrays: Mapping[str, np.ndarray], n: int
         q_axes, densities, arrays["families"], arrays["bounds"][n], strict=False
     ):
         _draw_density(axes, density, truth, low, width, top)
-        sign = "≤ " if str(family) in BOUNDED else ""
+        sign = "≤ " if str(family) in bounded else ""
         kl = f"KL {sign}{log_px - bound:.2f} nats".replace("-", "−")
         axes.set_xlabel(kl, fontsize=SMALL)
 
