@@ -83,12 +83,17 @@ def geometric_path(target: Target, base: Gaussian | None) -> tuple[hmc.Path, Gau
             )
         base = Gaussian(jnp.zeros(dim), jnp.ones(dim))
         return hmc.Path(Partial(densities.standard_normal), Partial(log_likelihood, target)), base
-    if jnp.shape(base.mean) != (dim,) or jnp.shape(base.scale) != (dim,):
+    mean, scale = jnp.shape(base.mean), jnp.shape(base.scale)
+    if mean != (dim,) or scale not in (mean, mean * 2):
         raise ValueError(
-            f"q must have mean and scale of shape [{dim}], the target's latent_dim; got "
-            f"{jnp.shape(base.mean)} and {jnp.shape(base.scale)}"
+            f"q must have mean and scale of shape [{dim}], the target's latent_dim (a Cholesky "
+            f"factor is [{dim}, {dim}]); got {mean} and {scale}"
         )
-    log_base = Partial(densities.normal, mean=base.mean, scale=base.scale)
+    if len(scale) == 1:
+        log_base = Partial(densities.normal, mean=base.mean, scale=base.scale)
+    else:
+        base = base._replace(scale=jnp.tril(base.scale))
+        log_base = Partial(densities.gaussian, q=base)
     return hmc.Path(log_base, Partial(_log_ratio, target, log_base)), base
 
 
@@ -332,8 +337,8 @@ def ais(
     Args:
       key: of this datapoint.
       target: p(z) p(x|z) for one x.
-      q: Gaussian(mean [D], scale [D]) the chains start from, whose scale is also HMC's mass; None
-        starts at the prior N(0, I).
+      q: Gaussian(mean [D], scale [D] or [D, D]) the chains start from, whose scale is also HMC's
+        mass; None starts at the prior N(0, I).
       num_chains: K.
       num_temperatures: T transitions.
       num_leapfrog: L gradient evaluations a transition.

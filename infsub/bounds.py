@@ -28,6 +28,7 @@ _MAX_TAIL = 512
 def sampler(q: Gaussian | Sampler) -> Partial:
     """`q` as a function key -> (z [D], log_q [])."""
     if isinstance(q, Gaussian):
+        densities.check_gaussian(q)
         return Partial(densities.sample_gaussian, q=q)
     return as_partial(q)
 
@@ -75,7 +76,7 @@ def elbo(key: Key, target: Target, q: Gaussian | Sampler, num_samples: int = 100
     Args:
       key: of this datapoint.
       target: p(z) p(x|z) for one x.
-      q: Gaussian(mean [D], scale [D]), or a sampler key -> (z [D], log_q []).
+      q: Gaussian(mean [D], scale [D] or [D, D]), or a sampler key -> (z [D], log_q []).
       num_samples: K.
 
     Returns:
@@ -142,7 +143,7 @@ def iwae(
     Args:
       key: of this datapoint.
       target: p(z) p(x|z) for one x.
-      q: Gaussian(mean [D], scale [D]), or a sampler key -> (z [D], log_q []).
+      q: Gaussian(mean [D], scale [D] or [D, D]), or a sampler key -> (z [D], log_q []).
       num_samples: K.
       chunk_size: samples at a time.
 

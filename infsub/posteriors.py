@@ -96,12 +96,25 @@ def with_gaussian(params: Params, q: Gaussian) -> Params:
 
 
 def moment_matched(
-    key: Key, posterior: Posterior, params: Params, num_samples: int = 1000
+    key: Key, posterior: Posterior, params: Params, num_samples: int = 1000, full: bool = False
 ) -> Gaussian:
-    """The Gaussian of the mean [D] and standard deviations [D] of q(z); AIS may start from it."""
+    """The Gaussian of q(z)'s mean [D] and standard deviations [D]; AIS may start from it.
+
+    full=True gives q's covariance too, as its Cholesky factor [D, D].
+    Raises ValueError when num_samples is not positive, or is no more than D where full.
+    """
     keys = jax.random.split(key, positive_int("num_samples", num_samples))
     z, _ = jax.vmap(sampler(posterior, params))(keys)
-    return Gaussian(jnp.mean(z, axis=0), jnp.std(z, axis=0))
+    mean, scale = jnp.mean(z, axis=0), jnp.std(z, axis=0)
+    if not full:
+        return Gaussian(mean, scale)
+    if num_samples <= mean.size:
+        raise ValueError(
+            f"num_samples must exceed D={mean.size} for a full covariance; got {num_samples}"
+        )
+    noise = (z - mean) / scale  # of correlations, all of one size, no digit is lost
+    correlation = noise.T @ noise / num_samples
+    return Gaussian(mean, scale[:, None] * jnp.linalg.cholesky(correlation))
 
 
 def _cached(constructor: Callable[..., Any]) -> Callable[..., Any]:

@@ -139,11 +139,12 @@ def _at(density: Partial, params: Params, x: Any, z: Array) -> Array:
 
 
 class Gaussian(NamedTuple):
-    """A factorised Gaussian over z.
+    """A Gaussian over z, factorised or of full covariance: z = mean + scale · noise.
 
     Attributes:
       mean: [D].
-      scale: [D], standard deviations, positive.
+      scale: [D], standard deviations, positive; or [D, D], the lower Cholesky factor of the
+        covariance, its diagonal positive, whose entries above the diagonal nobody reads.
     """
 
     mean: Array

@@ -50,6 +50,11 @@ class LinearGaussian(NamedTuple):
         cov = jnp.linalg.inv(self.precision())
         return cov @ self.weight.T @ (x - self.bias) / self.noise**2, cov
 
+    def exact_gaussian(self, x) -> Gaussian:
+        """p(z|x) itself, its scale a Cholesky factor [D, D]."""
+        mean, cov = self.posterior(x)
+        return Gaussian(mean, jnp.linalg.cholesky(cov))
+
     def best_gaussian(self, x) -> Gaussian:
         """The factorised q closest to p(z|x) in KL(q‖p): its mean, and variances 1 / diag(precision)."""
         return Gaussian(self.posterior(x)[0], 1 / jnp.sqrt(jnp.diag(self.precision())))

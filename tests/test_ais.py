@@ -19,7 +19,8 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def wrong(q, shift=0.2, width=1.15):
-    return Gaussian(q.mean + shift * q.scale, width * q.scale)
+    offset = q.scale if q.scale.ndim == 1 else jnp.sum(q.scale, axis=1)  # of noise [1, …, 1]
+    return Gaussian(q.mean + shift * offset, width * q.scale)
 
 
 def simulate(model, num_points, seed=7):
@@ -30,37 +31,63 @@ def mean_and_error(ratio):
     return ratio.mean(), ratio.std(ddof=1) / np.sqrt(ratio.size)
 
 
-@pytest.mark.parametrize(
-    ("latent_dim", "schedule"), [(1, "linear"), (10, "adaptive"), (50, "linear")]
+EXACT = pytest.mark.parametrize(
+    ("latent_dim", "schedule", "full", "dtype"),
+    [
+        (1, "linear", False, "float32"),
+        (10, "adaptive", False, "float32"),
+        (50, "linear", False, "float32"),
+        (1, "linear", True, "float32"),
+        (10, "adaptive", True, "float64"),
+        (50, "linear", True, "float32"),
+        (50, "linear", True, "float64"),
+    ],
 )
-def test_weights_average_to_px(latent_dim, schedule):
-    """E[w] = p(x) at few temperatures, with the pilot's frozen step sizes."""
+
+
+def exact_model(latent_dim, dtype):
     model = linear_gaussian(latent_dim, 2 * latent_dim)
-    _, xs = simulate(model, 4000)
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), model)
+
+
+def start_from(model, x, full):
+    return wrong(model.exact_gaussian(x) if full else model.best_gaussian(x))
+
+
+@EXACT
+def test_weights_average_to_px(latent_dim, schedule, full, dtype):
+    """E[w] = p(x) at few temperatures, with the pilot's frozen step sizes."""
 
     def point(key, x, model):
-        q = wrong(model.best_gaussian(x))
+        q = start_from(model, x, full)
         estimate = infsub.ais(key, model.target(x), q, 2, 12, 3, schedule)
         return jnp.exp(estimate.log_weights - model.log_px(x))
 
-    ratio = infsub.map_datapoints(point, jax.random.key(0), xs, model, block_size=500)
+    with jax.enable_x64(dtype == "float64"):
+        model = exact_model(latent_dim, dtype)
+        _, xs = simulate(model, 1500 if full else 4000)
+        ratio = infsub.map_datapoints(point, jax.random.key(0), xs, model, block_size=500)
+    assert ratio.dtype == dtype
     mean, error = mean_and_error(ratio.mean(axis=1))
     assert error < 0.05
     assert abs(mean - 1) < 3 * error
 
 
-@pytest.mark.parametrize("latent_dim", [1, 10, 50])
-def test_reverse_weights_average_to_one_over_px(latent_dim):
-    model = linear_gaussian(latent_dim, 2 * latent_dim)
-    zs, xs = simulate(model, 4000)
-
+@EXACT
+def test_reverse_weights_average_to_one_over_px(latent_dim, schedule, full, dtype):
     def point(key, z_x, model):
         z, x = z_x
-        q = wrong(model.best_gaussian(x))
-        estimate = infsub.reverse_ais(key, model.target(x), z, q, 2, 12, 3)
+        q = start_from(model, x, full)
+        estimate = infsub.reverse_ais(key, model.target(x), z, q, 2, 12, 3, schedule)
         return jnp.exp(model.log_px(x) - estimate.log_weights), estimate.log_px - model.log_px(x)
 
-    ratio, excess = infsub.map_datapoints(point, jax.random.key(0), (zs, xs), model, block_size=500)
+    with jax.enable_x64(dtype == "float64"):
+        model = exact_model(latent_dim, dtype)
+        zs, xs = simulate(model, 1500 if full else 4000)
+        ratio, excess = infsub.map_datapoints(
+            point, jax.random.key(0), (zs, xs), model, block_size=500
+        )
+    assert ratio.dtype == dtype
     mean, error = mean_and_error(ratio.mean(axis=1))
     assert error < 0.05
     assert abs(mean - 1) < 3 * error
@@ -243,6 +270,7 @@ def test_an_explicit_schedule_is_the_named_one():
         ({"step_size": [0.1, 0.2]}, r"step_size must be a number or an array \[T=100\]"),
         ({"schedule": "adaptive", "step_size": 0.1}, "chosen by the pilot run"),
         ({"q": Gaussian(jnp.zeros(2), jnp.ones(2))}, r"q must have mean and scale of shape \[3\]"),
+        ({"q": Gaussian(jnp.zeros(3), jnp.ones((3, 2)))}, r"a Cholesky factor is \[3, 3\]"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):

@@ -53,6 +53,17 @@ def test_elbo_of_the_exact_posterior_is_log_px():
     assert estimate.standard_error < 1e-5
 
 
+def test_every_weight_of_the_exact_posterior_is_px():
+    """A Gaussian of full covariance: no factorised one is the posterior of ten dimensions."""
+    x = simulate(1)[0]
+    target, q, truth = MODEL.target(x), MODEL.exact_gaussian(x), MODEL.log_px(x)
+    elbo = infsub.elbo(jax.random.key(0), target, q)
+    np.testing.assert_allclose(elbo.log_weights, truth, rtol=1e-4)
+    iwae = infsub.iwae(jax.random.key(0), target, q, 100)
+    np.testing.assert_allclose(iwae.log_px, truth, rtol=1e-5)
+    np.testing.assert_allclose(iwae.ess, 100, rtol=1e-3)
+
+
 @pytest.mark.parametrize("latent_dim", [1, 10])
 def test_iwae_weights_average_to_px(latent_dim):
     model = linear_gaussian(latent_dim, 20)
@@ -197,6 +208,9 @@ def test_bad_arguments_are_named(estimator):
         estimator(key, MODEL.target(x), q, num_samples=0)
     with pytest.raises(ValueError, match=r"q must sample z of shape \[10\].*\(3,\)"):
         estimator(key, MODEL.target(x), Gaussian(jnp.zeros(3), jnp.ones(3)))
+    for scale in (jnp.ones(3), jnp.ones((10, 3)), jnp.ones(())):
+        with pytest.raises(ValueError, match=r"q must have a mean \[D\] and a scale \[D\], or"):
+            estimator(key, MODEL.target(x), Gaussian(jnp.zeros(10), scale))
     vector = Target(None, lambda z: z, 10)
     with pytest.raises(TypeError, match="log_likelihood must return a scalar"):
         estimator(key, vector, q)

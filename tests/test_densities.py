@@ -44,6 +44,46 @@ def test_a_gaussian_draw_comes_with_its_density_and_pathwise_gradient():
     np.testing.assert_allclose(gradient(q.mean), 1.0)
 
 
+FULL = Gaussian(jnp.array([1.0, -2.0, 0.5]), jnp.array([[0.5, 0, 0], [1, 2, 0], [-1, 0.3, 0.8]]))
+
+
+def test_the_density_of_a_full_covariance_is_scipys():
+    z = jnp.array([0.3, 1.0, -0.7])
+    exact = stats.multivariate_normal(FULL.mean, np.asarray(FULL.scale @ FULL.scale.T, np.float64))
+    np.testing.assert_allclose(densities.gaussian(z, FULL), exact.logpdf(z), rtol=1e-5)
+    np.testing.assert_allclose(
+        densities.gaussian(z, Gaussian(FULL.mean, jnp.diag(FULL.scale))),
+        densities.normal(z, FULL.mean, jnp.diag(FULL.scale)),
+    )
+
+
+def test_a_draw_of_full_covariance_comes_with_its_density_and_pathwise_gradient():
+    z, log_q = densities.sample_gaussian(KEY, FULL)
+    np.testing.assert_allclose(log_q, densities.gaussian(z, FULL), rtol=1e-5)
+    draw = jax.jit(jax.vmap(lambda k: densities.sample_gaussian(k, FULL)[0]))
+    zs = draw(jax.random.split(KEY, 20_000))
+    np.testing.assert_allclose(zs.mean(0), FULL.mean, atol=5 * 3 / 20_000**0.5)
+    np.testing.assert_allclose(np.cov(zs.T), FULL.scale @ FULL.scale.T, atol=0.3)
+    by_value, by_density = (
+        jax.grad(lambda q, f=f: f(q)[1])(FULL)
+        for f in (
+            lambda q: densities.sample_gaussian(KEY, q),
+            lambda q: (0, densities.gaussian(densities.sample_gaussian(KEY, q)[0], q)),
+        )
+    )
+    np.testing.assert_allclose(by_value.mean, by_density.mean, atol=1e-4)
+    np.testing.assert_allclose(jnp.diag(by_value.scale), -1 / jnp.diag(FULL.scale), rtol=1e-5)
+    np.testing.assert_allclose(jnp.tril(by_value.scale), jnp.tril(by_density.scale), atol=1e-2)
+
+
+def test_nobody_reads_above_the_diagonal_of_a_cholesky_factor():
+    dirty = FULL._replace(scale=FULL.scale + jnp.triu(jnp.full((3, 3), jnp.nan), 1))
+    z, log_q = densities.sample_gaussian(KEY, FULL)
+    np.testing.assert_array_equal(densities.sample_gaussian(KEY, dirty)[0], z)
+    np.testing.assert_array_equal(densities.sample_gaussian(KEY, dirty)[1], log_q)
+    np.testing.assert_array_equal(densities.gaussian(z, dirty), densities.gaussian(z, FULL))
+
+
 def test_bernoulli_logits_value_and_gradient_at_any_logit():
     logits = jnp.array([-1e4, -90.0, -3.0, 0.0, 0.5, 20.0, 1e4])
     for bit in (0.0, 1.0):
