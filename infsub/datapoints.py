@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -14,10 +15,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from infsub.types import Key, positive_int
 
 
-@partial(jax.jit, static_argnums=0)
-def _block(function, key, indices, xs, args):
+@partial(jax.jit, static_argnums=(0, 1))
+def _block(function, static, key, indices, xs, args):
     def one(index, x):
-        return function(jax.random.fold_in(key, index), x, *args)
+        return function(jax.random.fold_in(key, index), x, *args, **dict(static))
 
     return jax.vmap(one)(indices, xs)
 
@@ -27,20 +28,23 @@ def map_datapoints(
     key: Key,
     xs: Any,
     *args: Any,
+    static: Mapping[str, Any] = MappingProxyType({}),
     block_size: int | None = None,
     indices: Any = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Any:
-    """function(fold_in(key, index), x, *args) for every datapoint, compiled once, in bounded memory.
+    """function(fold_in(key, index), x, *args, **static) for every datapoint, in bounded memory.
 
     A datapoint's key depends on its index alone, so its result does not depend on the block it falls
-    in, on the number of devices, or on which other datapoints are evaluated.
+    in, on the number of devices, or on which other datapoints are evaluated. It compiles once.
 
     Args:
       function: (key, x, *args) -> any pytree; a function defined once (a new one compiles anew).
       key: of the whole data set.
       xs: a pytree of arrays [N, …].
       *args: passed to every datapoint: parameters travel here, as arguments.
+      static: passed to every datapoint by name, and compiled for: hashable values, of which equal
+        ones compile once.
       block_size: datapoints at a time; None is 64 on a CPU, 1024 on an accelerator, rounded up to a
         multiple of the number of devices, which share each block.
       indices: [N], data set indices that key the datapoints; None is 0 … N−1.
@@ -77,7 +81,7 @@ def map_datapoints(
         rows = np.minimum(np.arange(start, start + block_size), num_points - 1)
         xs_block = jax.tree.map(lambda leaf, rows=rows: jnp.asarray(leaf)[rows], xs)
         inputs = jax.device_put((jnp.asarray(indices[rows]), xs_block), sharding)
-        result = _block(function, key, *inputs, args)
+        result = _block(function, tuple(static.items()), key, *inputs, args)
         stop = min(start + block_size, num_points)
         results.append(jax.tree.map(lambda leaf, n=stop - start: np.asarray(leaf)[:n], result))
         if progress is not None:

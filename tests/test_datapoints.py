@@ -70,6 +70,20 @@ def test_all_blocks_share_one_compilation():
 
 
 @pytest.mark.slow
+def test_equal_static_values_share_one_compilation():
+    traces = []
+
+    def scaled(key, x, offset, *, scale, powers):
+        traces.append(1)
+        return offset + scale * jnp.sum(x) ** powers[0]
+
+    for scale in (2.0, 2.0, 3.0):
+        static = {"scale": scale, "powers": (1, 2)}
+        got = infsub.map_datapoints(scaled, jax.random.key(0), XS, 1.0, static=static)
+        np.testing.assert_allclose(got, 1 + scale * XS.sum(axis=1), rtol=1e-5)
+    assert len(traces) == 2
+
+
 def test_several_devices_give_the_same_numbers(whole, tmp_path):
     script = tmp_path / "devices.py"
     script.write_text(

@@ -12,7 +12,7 @@ import pytest
 import tiny
 from jax.flatten_util import ravel_pytree
 
-from infsub import bounds, checkpoints, data, evaluate, grids, main, records
+from infsub import bounds, checkpoints, data, evaluate, grids, main, measure, records
 from infsub import config as configs
 from infsub.datapoints import map_datapoints
 from infsub.report.runs import load_run
@@ -39,7 +39,7 @@ def small(**fields):
 def _small_pictures():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "_NUM_DRAWN", 2)
-        patch.setattr(evaluate, "_NUM_SAMPLES", 20_000)
+        patch.setattr(measure, "_NUM_SAMPLES", 20_000)
         yield
 
 
@@ -141,9 +141,10 @@ def test_the_curve_of_the_own_family_starts_at_the_amortised_q():
     noise = 0.1 * jax.random.normal(jax.random.key(1), flat.shape)
     variables |= {"encoder": unravel(flat + noise)}
     xs = data.batch(data.load("mnist5k").train.images, jnp.arange(4))
-    settings = {"vae": vae, "settings": config.evaluate, "chunk_size": 50}
-    bounds = partial(evaluate.bounds_of_datapoint, own="rnvp", **settings)
-    row = map_datapoints(bounds, jax.random.key(2), xs, variables)
+    static = {"vae": vae, "own": "rnvp", "settings": evaluate._measured(config.evaluate, 50)}
+    row = map_datapoints(
+        evaluate.bounds_of_datapoint, jax.random.key(2), xs, variables, static=static
+    )
     errors = np.hypot(row["after_0_rnvp_se"], row["elbo_se"])
     assert np.all(np.abs(row["after_0_rnvp"] - row["elbo"]) < 4 * errors)
     np.testing.assert_array_equal(row["after_0_rnvp"], row["after_0_rnvp_encoded"])
@@ -165,11 +166,13 @@ def test_ais_starts_from_q_star_where_the_encoder_is_lost():
     gaps = {}
     for start in ("posterior", "local"):
         config.evaluate.ais.start = start
-        options = {"vae": vae, "settings": config.evaluate}
-        certify = partial(evaluate.certify_datapoint, **options)
-        gaps[start] = map_datapoints(certify, key, np.arange(32), variables)["gap"]
-    point = partial(evaluate.bounds_of_datapoint, own="gaussian", chunk_size=50, **options)
-    row = map_datapoints(point, key, xs, variables)
+        settings = evaluate._measured(config.evaluate, 50)
+        static = {"vae": vae, "own": "gaussian", "settings": settings}
+        certified = map_datapoints(
+            evaluate.certify_datapoint, key, np.arange(32), variables, static=static
+        )
+        gaps[start] = certified["gap"]
+    row = map_datapoints(evaluate.bounds_of_datapoint, key, xs, variables, static=static)
     for gained in (gaps["posterior"] - gaps["local"], row["ais"] - row["local_gaussian"]):
         assert np.sum(gained > 0) > 16 + 3 * np.sqrt(8)  # heavy tails: by sign, beyond a coin's
 

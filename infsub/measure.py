@@ -1,0 +1,239 @@
+"""One datapoint → its row: every estimator's bounds on log p(x), of any model, as a pure function.
+
+The driver in evaluate.py maps these functions over a data set. Whatever they are compiled for is in
+`Settings`; whatever they compute with is a key and a `Datapoint`.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from infsub import grids, posteriors, rows
+from infsub.ais import ais
+from infsub.bdmc import bdmc
+from infsub.bounds import elbo, iwae
+from infsub.local import LocalResult, local_curve, optimize_local
+from infsub.types import Array, Estimate, Gaussian, Key, Params, Posterior, Sampler, Target
+
+# Factor on the learning rate of an amortised flow's weights in its curve. After 3000 steps q* is 0.09
+# nats ahead with 0.03, 0.24 with 0.1, 0.23 with 0.01 (AF on eight binarised MNIST digits).
+_TRAINED = 0.03
+_NUM_CELLS, _NUM_SAMPLES = 100, 400_000  # of a density's side; of a q's density
+_BEYOND = 0.002  # of the true posterior, may lie beyond each side of its picture
+
+
+class AIS(NamedTuple):
+    """The arguments of `ais` that a run of it is compiled for."""
+
+    num_chains: int = 16
+    num_temperatures: int = 100
+    num_leapfrog: int = 10
+    schedule: str = "linear"
+    adaptation: str = "pilot"
+
+
+class Settings(NamedTuple):
+    """What is measured, and how; the defaults are those of config.evaluate.
+
+    Attributes:
+      elbo_samples, iwae_samples: K of L[q] and of IWAE.
+      chunk_size: IWAE samples at a time.
+      ais: of every run of it, the certificate's too.
+      ais_start: what AIS anneals from: "posterior", q(z|x); "local", the q* of the first family;
+        "prior".
+      families: of local inference.
+      preset, max_steps: its rule.
+      curve: numbers of local steps to take L[q] after; (): none.
+      grid: cells a side of the quadrature of log p(x), where z is a plane; 0: none.
+    """
+
+    elbo_samples: int = 1000
+    iwae_samples: int = 5000
+    chunk_size: int = 500
+    ais: AIS = AIS()
+    ais_start: str = "posterior"
+    families: tuple[str, ...] = ("gaussian",)
+    preset: str = "fast"
+    max_steps: int = 20_000
+    curve: tuple[int, ...] = ()
+    grid: int = 0
+
+
+class Datapoint(NamedTuple):
+    """What a model says of one x.
+
+    Attributes:
+      target: p(z) p(x|z).
+      q: q(z|x), the encoder's.
+      base: the Gaussian that local inference and AIS start from: q, or one of its moments.
+      own: the family of q, by its name in posteriors.py.
+      amortised: q as a member of that family, where its curve is asked for: the encoder's output as
+        the family's params.
+    """
+
+    target: Target
+    q: Gaussian | Sampler
+    base: Gaussian
+    own: str
+    amortised: tuple[Posterior, Params] | None = None
+
+
+class _Fit(NamedTuple):
+    """Local inference of one family at one datapoint; `key` is for what is done with it."""
+
+    family: str
+    posterior: Posterior
+    start: Params
+    result: LocalResult
+    key: Key
+
+
+def bounds_of_datapoint(key: Key, point: Datapoint, settings: Settings) -> dict[str, Array]:
+    """The row of one datapoint: every bound in nats with its error and diagnostics, all [].
+
+    Its keys are of the datapoint's second to fifth child; the first is for making `point`.
+    """
+    _, key_elbo, key_iwae, key_ais, key_local = jax.random.split(key, 5)
+    row = rows.build(rows.ELBO.name, elbo(key_elbo, point.target, point.q, settings.elbo_samples))
+    fits = [_fit(key_local, family, point, settings) for family in settings.families]
+    for fit in fits:
+        stopped = {"steps": fit.result.num_steps, "converged": fit.result.converged}
+        row |= rows.build(rows.LOCAL.of(fit.family), fit.result.elbo, **stopped)
+        row |= rows.build(rows.LOCAL_IWAE.of(fit.family), fit.result.iwae)
+        if settings.curve:
+            row |= _curves(point, fit, settings)
+    weighted = iwae(
+        key_iwae, point.target, point.q, settings.iwae_samples, chunk_size=settings.chunk_size
+    )
+    start = _ais_start(point, fits, settings)
+    row |= rows.build(rows.IWAE.name, weighted)
+    row |= rows.build(rows.AIS.name, ais(key_ais, point.target, start, **settings.ais._asdict()))
+    if settings.grid:
+        truth = grids.log_px(point.target, settings.grid)
+        row |= rows.build(rows.GRID.name, truth.log_px, error=truth.error)
+    return row
+
+
+def certify_datapoint(
+    key: Key, simulate: Callable[[Key], tuple[Array, Datapoint]], settings: Settings
+) -> dict[str, Array]:
+    """The row of two-sided bounds of one datapoint that the model simulates, in nats, all [].
+
+    AIS runs as in `bounds_of_datapoint`, from the same kind of start.
+
+    Args:
+      key: of this datapoint.
+      simulate: key -> (z [D], a draw of the prior; what the model says of an x drawn from p(x|z)).
+      settings: of the rows.
+    """
+
+    def model(key: Key) -> tuple[Array, Target, Gaussian | None]:
+        z, point = simulate(key)
+        fits = []
+        if settings.ais_start == "local":
+            fits = [_fit(jax.random.fold_in(key, 1), settings.families[0], point, settings)]
+        return z, point.target, _ais_start(point, fits, settings)
+
+    options = settings.ais._asdict()
+    del options["adaptation"]  # reverse AIS has the pilot's alone
+    result = bdmc(key, model, **options)
+    return {
+        **rows.build(rows.TWO_SIDED.name, result.gap, se=result.standard_error),
+        **rows.build(rows.LOWER.name, result.lower),
+        **rows.build(rows.UPPER.name, result.upper),
+    }
+
+
+def densities_of_datapoint(key: Key, point: Datapoint, settings: Settings) -> dict[str, Array]:
+    """p(z|x) of one x, q(z|x) and each family's q*, the F of its row, on one grid; z is a plane.
+
+    Returns:
+      log_px [], low [2] and width [] of the window, truth [G, G], bounds [F], densities [F, G, G].
+    """
+    _, key_elbo, key_draw, _, key_local = jax.random.split(key, 5)
+    target = point.target
+    bounds, samplers = [elbo(key_elbo, target, point.q, settings.elbo_samples)], [point.q]
+    for family in settings.families:
+        fit = _fit(key_local, family, point, settings)
+        bounds.append(fit.result.elbo)
+        samplers.append(posteriors.sampler(fit.posterior, fit.result.params))
+    keys = jax.random.split(key_draw, len(samplers))
+    zs = [grids.draw(k, q, _NUM_SAMPLES) for k, q in zip(keys, samplers, strict=True)]
+    window = grids.find_window(target, settings.grid)
+    log_joint = grids.log_joint(target, window, settings.grid)
+    log_px = grids.integrate(log_joint, window).log_px
+    # A q that misses the posterior is to be seen where it is.
+    window = functools.reduce(grids.cover, zs, grids.zoom(window, log_joint, _BEYOND))
+    return {
+        "log_px": log_px,
+        **window._asdict(),
+        "truth": jnp.exp(grids.log_joint(target, window, _NUM_CELLS) - log_px),
+        "bounds": jnp.stack([bound.log_px for bound in bounds]),
+        "densities": jnp.stack([grids.histogram(z, window, _NUM_CELLS) for z in zs]),
+    }
+
+
+def _fit(key: Key, family: str, point: Datapoint, settings: Settings) -> _Fit:
+    posterior = posteriors.make(family, point.target.latent_dim, target=point.target)
+    key_init, key_fit, key_after = jax.random.split(
+        jax.random.fold_in(key, zlib.crc32(family.encode())), 3
+    )
+    params = posterior.init(key_init)
+    if settings.preset == "fast":  # from the encoder; the authors start at N(0, I)
+        params = posteriors.with_gaussian(params, point.base)
+    result = optimize_local(
+        key_fit, point.target, posterior, params, settings.preset, max_steps=settings.max_steps
+    )
+    return _Fit(family, posterior, params, result, key_after)
+
+
+def _ais_start(point: Datapoint, fits: list[_Fit], settings: Settings) -> Gaussian | None:
+    match settings.ais_start:
+        case "posterior":
+            return point.base
+        case "local":
+            key_moments, _ = jax.random.split(fits[0].key)
+            return posteriors.moment_matched(key_moments, fits[0].posterior, fits[0].result.params)
+        case "prior":
+            return None
+    raise ValueError(f"ais_start must be posterior, local or prior; got {settings.ais_start!r}")
+
+
+def _curves(point: Datapoint, fit: _Fit, settings: Settings) -> dict[str, Array]:
+    """Columns of the bounds on the way from the encoder's q to q*, one curve or two.
+
+    Of the encoder's own family they begin at its very output, L[q]. A flow's trained weights then
+    take small steps in one curve and are held in the other.
+    """
+    _, key = jax.random.split(fit.key)
+    posterior, params, rates = fit.posterior, fit.start, {rows.AFTER: 1.0}
+    if fit.family == point.own and point.amortised is not None:
+        posterior, params = point.amortised
+        rates = {rows.AFTER: _TRAINED, rows.AFTER_HELD: 0.0} if params["shared"] else rates
+
+    def curve(shared_rate: Array) -> Estimate:
+        return local_curve(
+            key,
+            point.target,
+            posterior,
+            params,
+            settings.curve,
+            settings.preset,
+            num_samples=settings.elbo_samples,
+            shared_rate=shared_rate,
+        )
+
+    # One after the other, by one compiled program.
+    curves = jax.lax.map(curve, jnp.asarray(list(rates.values())))
+    columns: dict[str, Any] = {}
+    for i, quantity in enumerate(rates):
+        for j, n in enumerate(settings.curve):
+            error = curves.standard_error[i, j]
+            columns |= rows.build(quantity.of(fit.family, n), curves.log_px[i, j], se=error)
+    return columns

@@ -1,0 +1,101 @@
+"""One datapoint's row, of a model that is no VAE: every bound in its order, at known distances."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import linear_gaussian
+
+from infsub import config as configs
+from infsub import evaluate, gaps, measure, rows
+from infsub.datapoints import map_datapoints
+from infsub.types import Gaussian
+
+MODEL = linear_gaussian(latent_dim=3, data_dim=5)
+N = 20
+SETTINGS = measure.Settings(
+    elbo_samples=500,
+    iwae_samples=500,
+    ais=measure.AIS(num_chains=8, num_temperatures=20, num_leapfrog=3),
+    families=("gaussian", "full_gaussian"),
+    max_steps=1000,
+)
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def amortised(x):
+    best = MODEL.best_gaussian(x)
+    return Gaussian(best.mean + 0.3 * jnp.sin(x[:3]), 1.5 * best.scale)
+
+
+def point_of(x):
+    q = amortised(x)
+    return measure.Datapoint(MODEL.target(x), q, q, "gaussian")
+
+
+def bounds(key, x, *, settings):
+    return measure.bounds_of_datapoint(key, point_of(x), settings)
+
+
+def certified(key, _, *, settings):
+    def simulate(key):
+        z, x = MODEL.simulate(key)
+        return z, point_of(x)
+
+    return measure.certify_datapoint(key, simulate, settings)
+
+
+@pytest.fixture(scope="module")
+def xs():
+    return jax.vmap(MODEL.simulate)(jax.random.split(jax.random.key(0), N))[1]
+
+
+@pytest.fixture(scope="module")
+def columns(xs):
+    return map_datapoints(bounds, jax.random.key(1), xs, static={"settings": SETTINGS})
+
+
+def test_the_defaults_are_those_of_the_config():
+    assert evaluate._measured(configs.default().evaluate, 500) == measure.Settings()
+
+
+def test_every_bound_lies_where_its_closed_form_says(xs, columns):
+    found = rows.parse(rows.to_json({rows.INDEX: np.arange(N)} | columns))
+    log_px = np.asarray(jax.vmap(MODEL.log_px)(xs))
+    kl = np.asarray(jax.vmap(lambda x: MODEL.kl(x, amortised(x)))(xs))
+    best = np.asarray(jax.vmap(lambda x: MODEL.kl(x, MODEL.best_gaussian(x)))(xs))
+    lines = gaps.decompose(found).lines
+    want = {
+        "elbo": log_px - kl,
+        "local_gaussian": log_px - best,
+        "local_full_gaussian": log_px,
+        "iwae": log_px,
+        "log_px": log_px,
+        "approximation_gap_gaussian": best,
+        "amortization_gap_gaussian": kl - best,
+        "inference_gap": kl,
+    }
+    for name, values in want.items():
+        mean = lines[name].mean
+        # Local optimisation may end a little below its optimum.
+        error = 4 * mean.monte_carlo_error + 0.01
+        assert mean.mean == pytest.approx(values.mean(), abs=error), name
+    assert columns["local_gaussian_converged"].all()
+
+
+def test_the_certificate_holds_zero():
+    settings = SETTINGS._replace(families=())
+    got = map_datapoints(certified, jax.random.key(2), np.arange(N), static={"settings": settings})
+    line = gaps.certify(rows.parse(rows.to_json({rows.INDEX: np.arange(N)} | got))).line
+    assert line is not None
+    assert abs(line.mean.mean) < 4 * line.mean.standard_error
+    np.testing.assert_allclose(got["gap"], got["upper"] - got["lower"], atol=1e-4)
+
+
+def test_an_unknown_start_is_named(xs):
+    settings = SETTINGS._replace(ais_start="encoder", families=())
+    with pytest.raises(ValueError, match="must be posterior, local or prior; got 'encoder'"):
+        jax.eval_shape(lambda key: bounds(key, xs[0], settings=settings), jax.random.key(0))
