@@ -194,16 +194,16 @@ def _claim(workdir: Path, settings: Any, run: dict[str, Any], facts: dict[str, A
     folder = workdir / settings.name if settings.name else workdir
     used = {n: v for n, v in configs.flatten(settings) if n not in ("block_size", "name")}
     used = {n: list(v) if isinstance(v, tuple) else v for n, v in used.items()} | facts
-    there = records.read_json(folder / "evaluation.json")
-    if there is not None and there != used and records.read_rows(folder / "rows.jsonl"):
+    before = records.read_json(folder / "evaluation.json")
+    if before is not None and before != used and records.read_rows(folder / "rows.jsonl"):
         raise UserError(
             f"{folder / 'rows.jsonl'} was made with other settings: "
-            f"{'; '.join(configs.differences(there, used))}. Keep both with "
+            f"{'; '.join(configs.differences(before, used))}. Keep both with "
             "--config.evaluate.name=NAME, a folder for this evaluation, or remove that file."
         )
     if settings.name:
         folder.mkdir(exist_ok=True)
-    if there != used:  # what is left of an evaluation whose rows were removed
+    if before != used:  # what is left of an evaluation whose rows were removed
         for name in (records.POSTERIORS, "bdmc.jsonl"):
             (folder / name).unlink(missing_ok=True)
     run |= {"config": run["config"] | {"evaluate": settings.to_dict()}}

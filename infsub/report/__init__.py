@@ -20,7 +20,7 @@ import numpy as np
 
 from infsub import records
 from infsub.report import tables
-from infsub.report.runs import Run, load_run
+from infsub.report.runs import LoadedRun, load_run
 from infsub.rows import INFERENCE
 from infsub.types import UserError
 
@@ -77,7 +77,7 @@ def experiment(
 
 
 def _write(
-    runs: list[Run],
+    runs: list[LoadedRun],
     out: Path,
     figures: Sequence[Mapping[str, Any]],
     folders: Mapping[str, Path] = MappingProxyType({}),
@@ -105,7 +105,9 @@ def _write(
     print(f"Wrote {written} in {out}; table.md lists the settings and the datapoints to look at.")
 
 
-def _draw(runs: list[Run], out: Path, figure: dict[str, Any], folders: Mapping[str, Path]) -> str:
+def _draw(
+    runs: list[LoadedRun], out: Path, figure: dict[str, Any], folders: Mapping[str, Path]
+) -> str:
     """Writes a figure as PNG and PDF; the names of the files, or a sentence why there are none."""
     if importlib.util.find_spec("matplotlib") is None:
         return "no figure (matplotlib is not installed: pip install 'infsub[plots]')"

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from infsub.gaps import Mean
 from infsub.report.figures import STYLE, WIDTH, footer, seeds, write_foot
-from infsub.report.runs import Run
+from infsub.report.runs import LoadedRun
 from infsub.rows import CERTIFICATE, family_label, label
 
 # Okabe & Ito's colours again, and markers for those who print in grey.
@@ -28,7 +28,9 @@ class Drawn(NamedTuple):
     means: list[Mean]
 
 
-def curve_figure(runs: Sequence[Run], x: str, y: Sequence[str], lines: Sequence[str]) -> Figure:
+def curve_figure(
+    runs: Sequence[LoadedRun], x: str, y: Sequence[str], lines: Sequence[str]
+) -> Figure:
     """A panel for each quantity of `y`, against the setting `x`; a line for each value of `lines`."""
     panels = {label(name): _lines(runs, x, name, lines) for name in y}
     foot = footer(runs)
@@ -42,7 +44,7 @@ def curve_figure(runs: Sequence[Run], x: str, y: Sequence[str], lines: Sequence[
     return _figure(panels, _AXES.get(x, x), foot, "nats")
 
 
-def step_figure(runs: Sequence[Run]) -> Figure:
+def step_figure(runs: Sequence[LoadedRun]) -> Figure:
     """Nats that L[q*] is still ahead after n steps of local optimisation, for every run's curves."""
     drawn = [
         Drawn(
@@ -72,7 +74,7 @@ _AXES = {
 }
 
 
-def _lines(runs: Sequence[Run], x: str, name: str, fields: Sequence[str]) -> list[Drawn]:
+def _lines(runs: Sequence[LoadedRun], x: str, name: str, fields: Sequence[str]) -> list[Drawn]:
     found: dict[str, list[tuple[float, Mean]]] = {}
     for run in runs:
         if name in run.lines:

@@ -16,7 +16,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from infsub import records
-from infsub.report.runs import Run
+from infsub.report.runs import LoadedRun
 from infsub.rows import AMORTIZATION, APPROXIMATION, ELBO, INFERENCE, LOCAL, LOG_PX, label
 
 # Okabe & Ito's colours (jfly.uni-koeln.de/color): told apart with any colour vision, and in grey.
@@ -41,7 +41,7 @@ WIDTH, BAR, LINE = 3.4, 0.28, 0.11
 TEXT, SMALL, FOOT = 7, 6, 5
 
 
-def gap_figure(runs: Sequence[Run]) -> Figure:
+def gap_figure(runs: Sequence[LoadedRun]) -> Figure:
     """A bar for each run from L[q] over L[q*] to log p̂.
 
     Marks under a bar show how far the other families get. One run also shows its datapoints.
@@ -101,7 +101,7 @@ def encode(figure: Figure, suffix: str) -> bytes:
 
 def _draw_bar(
     axes: Axes,
-    run: Run,
+    run: LoadedRun,
     top: float,
     marks: list[tuple[float, str]],
     places: list[tuple[int, str]],
@@ -134,7 +134,7 @@ def _draw_bar(
         axes.text(x, bottom, text, ha=align, va="top", size=SMALL)
 
 
-def _marks(run: Run) -> list[tuple[float, str]]:
+def _marks(run: LoadedRun) -> list[tuple[float, str]]:
     """(nats relative to log p̂, what lies there), from the left."""
     mean = {name: line.mean.mean for name, line in run.lines.items()}
     marks = [
@@ -180,7 +180,7 @@ def _points(text: str, size: float) -> float:
     return 0.55 * size * len(text)
 
 
-def _draw_datapoints(axes: Axes, run: Run) -> None:
+def _draw_datapoints(axes: Axes, run: LoadedRun) -> None:
     """Every datapoint's gaps stacked, in the order of their sum."""
     amortization = run.lines[AMORTIZATION.of(run.families[0])].values
     inference = run.lines[INFERENCE.name].values
@@ -198,7 +198,7 @@ def _draw_datapoints(axes: Axes, run: Run) -> None:
     axes.set_ylabel("nats lost")
 
 
-def seeds(runs: Sequence[Run]) -> str:
+def seeds(runs: Sequence[LoadedRun]) -> str:
     """The seeds of all runs, as a figure names them."""
     return ", ".join(sorted({str(run.settings.get("seed")) for run in runs}))
 
@@ -209,7 +209,7 @@ def write_foot(figure: Figure, text: str) -> None:
     figure.supxlabel("\n".join(lines), fontsize=FOOT, color="0.35", x=0.01, ha="left")
 
 
-def footer(runs: Sequence[Run]) -> str:
+def footer(runs: Sequence[LoadedRun]) -> str:
     """What every figure says of its numbers."""
     counts = sorted({len(run.indices) for run in runs})
     data = sorted(

@@ -15,7 +15,7 @@ from infsub.types import UserError
 _THRESHOLDS = ("min_ess", "max_pareto_k")  # of config.report, for flags
 
 
-class Run(NamedTuple):
+class LoadedRun(NamedTuple):
     """What there is to say of one workdir.
 
     Attributes:
@@ -40,7 +40,7 @@ class Run(NamedTuple):
     notes: list[str]
 
 
-def load_run(workdir: str, name: str = "") -> Run:
+def load_run(workdir: str, name: str = "") -> LoadedRun:
     """The run in `workdir`, its bounds decomposed; `name` is the folder's unless given.
 
     Raises:
@@ -67,7 +67,7 @@ def load_run(workdir: str, name: str = "") -> Run:
         lines = lines | {rows.CERTIFICATE.name: certificate.line}
     evaluation = records.read_json(folder / "evaluation.json") or {}
     identity = document.get("identified", {}).get("data identity", config.get("data"))
-    return Run(
+    return LoadedRun(
         name=name or folder.resolve().name,
         indices=found.indices,
         lines=lines,
@@ -81,7 +81,7 @@ def load_run(workdir: str, name: str = "") -> Run:
     )
 
 
-def line_names(runs: Sequence[Run]) -> list[str]:
+def line_names(runs: Sequence[LoadedRun]) -> list[str]:
     """The names of all runs' lines, in the table's order."""
     return rows.in_order(name for run in runs for name in run.lines)
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from infsub import gaps
-from infsub.report.runs import Run, line_names
+from infsub.report.runs import LoadedRun, line_names
 from infsub.rows import get, label
 
 # What a run says of itself in a caption; runs that are joined also say where they differ.
@@ -35,7 +35,7 @@ def in_parentheses(value: float, error: float) -> str:
     return f"{value:.{decimals}f}({digits})" if digits else f"{value:.{decimals}f}"
 
 
-def best_runs(runs: Sequence[Run]) -> dict[str, set[int]]:
+def best_runs(runs: Sequence[LoadedRun]) -> dict[str, set[int]]:
     """For each line, the runs (by position) whose value is to be set in bold.
 
     A run is the best when its mean is ahead of that of every other run on the same data by more
@@ -51,7 +51,7 @@ def best_runs(runs: Sequence[Run]) -> dict[str, set[int]]:
     return best
 
 
-def _ahead(name: str, run: Run, other: Run) -> bool:
+def _ahead(name: str, run: LoadedRun, other: LoadedRun) -> bool:
     a, b = run.lines[name], other.lines[name]
     if np.array_equal(run.indices, other.indices):
         paired = gaps.difference(a, b).mean
@@ -62,7 +62,7 @@ def _ahead(name: str, run: Run, other: Run) -> bool:
     return (-lead if a.kind == "gap" else lead) > 2 * error
 
 
-def markdown(runs: Sequence[Run]) -> list[str]:
+def markdown(runs: Sequence[LoadedRun]) -> list[str]:
     """The table's rows: all errors of one run, or a column for each of several."""
     if len(runs) == 1:
         head = "| nats | mean | ± over datapoints | ± Monte Carlo | 95 % interval |"
@@ -83,7 +83,7 @@ def markdown(runs: Sequence[Run]) -> list[str]:
     return [*table, "| datapoints | " + " | ".join(counts) + " |"]
 
 
-def _markdown_lines(run: Run) -> Iterator[str]:
+def _markdown_lines(run: LoadedRun) -> Iterator[str]:
     for name in line_names([run]):
         mean = run.lines[name].mean
         low, high = gaps.bootstrap_interval(run.lines[name].values)
@@ -93,7 +93,7 @@ def _markdown_lines(run: Run) -> Iterator[str]:
         )
 
 
-def footer(runs: Sequence[Run]) -> list[str]:
+def footer(runs: Sequence[LoadedRun]) -> list[str]:
     """What a reader of the Markdown table must know, and the datapoints to look at."""
     several = len(runs) > 1
     text = [f"Nats a datapoint. {ERRORS if several else COLUMNS}", *_settings(runs)]
@@ -108,10 +108,10 @@ def footer(runs: Sequence[Run]) -> list[str]:
     return paragraphs
 
 
-def _settings(runs: Sequence[Run]) -> list[str]:
+def _settings(runs: Sequence[LoadedRun]) -> list[str]:
     """Number of points, seed and settings: where each run differs, then what they share."""
 
-    def phrase(run: Run, shared: bool) -> str:
+    def phrase(run: LoadedRun, shared: bool) -> str:
         fields = {
             name: value
             for name, value in run.settings.items()
@@ -132,7 +132,7 @@ def _compact(value: Any) -> str:
     return "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def csv_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def csv_rows(runs: Sequence[LoadedRun]) -> list[dict[str, Any]]:
     """A row for each run and line, in nats."""
     rows = []
     for run in runs:
@@ -147,7 +147,7 @@ def csv_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return rows
 
 
-def latex(runs: Sequence[Run]) -> str:
+def latex(runs: Sequence[LoadedRun]) -> str:
     """A booktabs table, a column a run."""
     best = best_runs(runs)
     body = []
