@@ -15,6 +15,7 @@ import numpy as np
 from infsub import checkpoints, data, measure, posteriors, records, rows
 from infsub import config as configs
 from infsub.datapoints import map_datapoints
+from infsub.keys import Stream, named, stream
 from infsub.types import Array, Key, UserError
 from infsub.vae import VAE, Variables, make_vae
 
@@ -28,8 +29,8 @@ def evaluate(config: configs.Config, workdir: Path) -> list[int]:
     """Writes one row of bounds for every chosen datapoint of a run to `rows.jsonl`.
 
     A row holds index, label, and for every estimator its value and standard error in nats with its
-    diagnostics. A datapoint's key is fold_in(seed's key, index), so neither blocks nor resuming
-    change its numbers. With bdmc.num_points, `bdmc.jsonl` gets the two-sided bounds of points that
+    diagnostics. A datapoint's key is fold_in(the seed's stream ROWS, index), so neither blocks nor
+    resuming change its numbers. With bdmc.num_points, `bdmc.jsonl` gets the two-sided bounds of points that
     the model simulates; with grid, `posteriors.npz` the densities of the first datapoints.
     `config.evaluate.name` puts a second evaluation of a run in a folder of its own.
 
@@ -44,7 +45,9 @@ def evaluate(config: configs.Config, workdir: Path) -> list[int]:
     variables, step = checkpoints.load_variables(workdir, settings.checkpoint)
     variables = jax.device_put(variables)
     vae = make_vae(config.model, dataset.image_shape, dataset.levels)
-    key_rows, key_bdmc, key_images = jax.random.split(jax.random.key(config.seed), 3)
+    root = jax.random.key(config.seed)
+    key_rows, key_images = stream(root, Stream.ROWS), stream(root, Stream.IMAGES)
+    key_certificate = stream(root, Stream.CERTIFICATE)
     facts: dict[str, Any] = {"step": step}
     if settings.split == "model":
         split = simulate(key_images, vae, variables, settings.first or 10 * settings.per_class)
@@ -75,7 +78,7 @@ def evaluate(config: configs.Config, workdir: Path) -> list[int]:
         simulated = np.arange(settings.bdmc.num_points)
 
         def bounded(block: np.ndarray) -> dict[str, Any]:
-            return mapped(certify_datapoint, key_bdmc, block, variables, indices=block)
+            return mapped(certify_datapoint, key_certificate, block, variables, indices=block)
 
         _write_rows(folder / "bdmc.jsonl", "certifying", simulated, block_size, bounded)
     measured = rows.parse(written)
@@ -125,7 +128,7 @@ def bounds_of_datapoint(
     key: Key, x: Array, variables: Variables, *, vae: VAE, own: str, settings: measure.Settings
 ) -> dict[str, Array]:
     """`measure.bounds_of_datapoint` of a VAE at x [H, W, C]."""
-    point = describe(jax.random.split(key, 5)[0], vae, variables, x, own)
+    point = describe(named(key, "moments"), vae, variables, x, own)
     return measure.bounds_of_datapoint(key, point, settings)
 
 
@@ -133,7 +136,7 @@ def densities_of_datapoint(
     key: Key, x: Array, variables: Variables, *, vae: VAE, own: str, settings: measure.Settings
 ) -> dict[str, Array]:
     """`measure.densities_of_datapoint` of a VAE at x [H, W, C]: of the q and q* of its row."""
-    point = describe(jax.random.split(key, 5)[0], vae, variables, x, own)
+    point = describe(named(key, "moments"), vae, variables, x, own)
     return measure.densities_of_datapoint(key, point, settings)
 
 

@@ -268,7 +268,7 @@ def _curve(
     def run_span(fitted: Any, span: tuple[Array, Array]) -> tuple[Any, Estimate]:
         fitted = jax.lax.fori_loop(*span, lambda number, fitted: step(fitted, number)[0], fitted)
         q = posteriors.sampler(posterior, fitted[0])
-        return fitted, bounds.elbo(key_final, target, q, num_samples)
+        return fitted, bounds.elbo(jax.random.clone(key_final), target, q, num_samples)
 
     return jax.lax.scan(run_span, (params, _ADAM.init(params)), spans)[1]
 
@@ -304,7 +304,8 @@ def _optimize(
         return (params, moments, total), value
 
     def judge(params: Params) -> Array:
-        keys = jax.random.split(key_judge, _NUM_JUDGED)
+        # A clone tells jax_debug_key_reuse that the same noise each time is meant.
+        keys = jax.random.split(jax.random.clone(key_judge), _NUM_JUDGED)
         return jax.vmap(lambda key: log_weight(key, params))(keys)
 
     def run_window(state: _State) -> _State:

@@ -7,7 +7,6 @@ The driver in evaluate.py maps these functions over a data set. Whatever they ar
 from __future__ import annotations
 
 import functools
-import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from infsub import grids, posteriors, rows
 from infsub.ais import ais
 from infsub.bdmc import bdmc
 from infsub.bounds import elbo, iwae
+from infsub.keys import named
 from infsub.local import LocalResult, local_curve, optimize_local
 from infsub.types import Array, Estimate, Gaussian, Key, Params, Posterior, Sampler, Target
 
@@ -85,7 +85,7 @@ class Datapoint(NamedTuple):
 
 
 class _Fit(NamedTuple):
-    """Local inference of one family at one datapoint; `key` is for what is done with it."""
+    """Local inference of one family at one datapoint, and the key that all its draws are named under."""
 
     family: str
     posterior: Posterior
@@ -95,13 +95,10 @@ class _Fit(NamedTuple):
 
 
 def bounds_of_datapoint(key: Key, point: Datapoint, settings: Settings) -> dict[str, Array]:
-    """The row of one datapoint: every bound in nats with its error and diagnostics, all [].
-
-    Its keys are of the datapoint's second to fifth child; the first is for making `point`.
-    """
-    _, key_elbo, key_iwae, key_ais, key_local = jax.random.split(key, 5)
-    row = rows.build(rows.ELBO.name, elbo(key_elbo, point.target, point.q, settings.elbo_samples))
-    fits = [_fit(key_local, family, point, settings) for family in settings.families]
+    """The row of one datapoint: every bound in nats with its error and diagnostics, all []."""
+    bound = elbo(named(key, "elbo"), point.target, point.q, settings.elbo_samples)
+    row = rows.build(rows.ELBO.name, bound)
+    fits = [_fit(named(key, "local"), family, point, settings) for family in settings.families]
     for fit in fits:
         stopped = {"steps": fit.result.num_steps, "converged": fit.result.converged}
         row |= rows.build(rows.LOCAL.of(fit.family), fit.result.elbo, **stopped)
@@ -109,11 +106,16 @@ def bounds_of_datapoint(key: Key, point: Datapoint, settings: Settings) -> dict[
         if settings.curve:
             row |= _curves(point, fit, settings)
     weighted = iwae(
-        key_iwae, point.target, point.q, settings.iwae_samples, chunk_size=settings.chunk_size
+        named(key, "iwae"),
+        point.target,
+        point.q,
+        settings.iwae_samples,
+        chunk_size=settings.chunk_size,
     )
-    start = _ais_start(point, fits, settings)
     row |= rows.build(rows.IWAE.name, weighted)
-    row |= rows.build(rows.AIS.name, ais(key_ais, point.target, start, **settings.ais._asdict()))
+    start = _ais_start(point, fits, settings)
+    annealed = ais(named(key, "ais"), point.target, start, **settings.ais._asdict())
+    row |= rows.build(rows.AIS.name, annealed)
     if settings.grid:
         truth = grids.log_px(point.target, settings.grid)
         row |= rows.build(rows.GRID.name, truth.log_px, error=truth.error)
@@ -134,10 +136,10 @@ def certify_datapoint(
     """
 
     def model(key: Key) -> tuple[Array, Target, Gaussian | None]:
-        z, point = simulate(key)
+        z, point = simulate(named(key, "model"))
         fits = []
         if settings.ais_start == "local":
-            fits = [_fit(jax.random.fold_in(key, 1), settings.families[0], point, settings)]
+            fits = [_fit(named(key, "local"), settings.families[0], point, settings)]
         return z, point.target, _ais_start(point, fits, settings)
 
     options = settings.ais._asdict()
@@ -156,14 +158,13 @@ def densities_of_datapoint(key: Key, point: Datapoint, settings: Settings) -> di
     Returns:
       log_px [], low [2] and width [] of the window, truth [G, G], bounds [F], densities [F, G, G].
     """
-    _, key_elbo, key_draw, _, key_local = jax.random.split(key, 5)
     target = point.target
-    bounds, samplers = [elbo(key_elbo, target, point.q, settings.elbo_samples)], [point.q]
+    bounds, samplers = [elbo(named(key, "elbo"), target, point.q, settings.elbo_samples)], [point.q]
     for family in settings.families:
-        fit = _fit(key_local, family, point, settings)
+        fit = _fit(named(key, "local"), family, point, settings)
         bounds.append(fit.result.elbo)
         samplers.append(posteriors.sampler(fit.posterior, fit.result.params))
-    keys = jax.random.split(key_draw, len(samplers))
+    keys = jax.random.split(named(key, "densities"), len(samplers))
     zs = [grids.draw(k, q, _NUM_SAMPLES) for k, q in zip(keys, samplers, strict=True)]
     window = grids.find_window(target, settings.grid)
     log_joint = grids.log_joint(target, window, settings.grid)
@@ -181,16 +182,19 @@ def densities_of_datapoint(key: Key, point: Datapoint, settings: Settings) -> di
 
 def _fit(key: Key, family: str, point: Datapoint, settings: Settings) -> _Fit:
     posterior = posteriors.make(family, point.target.latent_dim, target=point.target)
-    key_init, key_fit, key_after = jax.random.split(
-        jax.random.fold_in(key, zlib.crc32(family.encode())), 3
-    )
-    params = posterior.init(key_init)
+    key = named(key, family)
+    params = posterior.init(named(key, "init"))
     if settings.preset == "fast":  # from the encoder; the authors start at N(0, I)
         params = posteriors.with_gaussian(params, point.base)
     result = optimize_local(
-        key_fit, point.target, posterior, params, settings.preset, max_steps=settings.max_steps
+        named(key, "steps"),
+        point.target,
+        posterior,
+        params,
+        settings.preset,
+        max_steps=settings.max_steps,
     )
-    return _Fit(family, posterior, params, result, key_after)
+    return _Fit(family, posterior, params, result, key)
 
 
 def _ais_start(point: Datapoint, fits: list[_Fit], settings: Settings) -> Gaussian | None:
@@ -198,8 +202,9 @@ def _ais_start(point: Datapoint, fits: list[_Fit], settings: Settings) -> Gaussi
         case "posterior":
             return point.base
         case "local":
-            key_moments, _ = jax.random.split(fits[0].key)
-            return posteriors.moment_matched(key_moments, fits[0].posterior, fits[0].result.params)
+            fit = fits[0]
+            key = named(fit.key, "moments")
+            return posteriors.moment_matched(key, fit.posterior, fit.result.params)
         case "prior":
             return None
     raise ValueError(f"ais_start must be posterior, local or prior; got {settings.ais_start!r}")
@@ -211,7 +216,7 @@ def _curves(point: Datapoint, fit: _Fit, settings: Settings) -> dict[str, Array]
     Of the encoder's own family they begin at its very output, L[q]. A flow's trained weights then
     take small steps in one curve and are held in the other.
     """
-    _, key = jax.random.split(fit.key)
+    key = named(fit.key, "curve")
     posterior, params, rates = fit.posterior, fit.start, {rows.AFTER: 1.0}
     if fit.family == point.own and point.amortised is not None:
         posterior, params = point.amortised
@@ -219,7 +224,7 @@ def _curves(point: Datapoint, fit: _Fit, settings: Settings) -> dict[str, Array]
 
     def curve(shared_rate: Array) -> Estimate:
         return local_curve(
-            key,
+            jax.random.clone(key),  # the same noise in all, on purpose
             point.target,
             posterior,
             params,

@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from infsub import bounds, data, posteriors
+from infsub.keys import Stream, named, stream
 from infsub.types import Array, Key
 from infsub.vae import VAE, Terms, Variables
 
@@ -184,9 +185,10 @@ def merge_params(variables: Variables, params: Variables) -> Variables:
 def initial(task: Task, seeds: Array) -> tuple[Key, tuple[Key, Key], Variables]:
     """Keys [S] of the models of these seeds [S], keys of validation and pictures, fresh variables."""
     keys = jax.vmap(jax.random.key)(seeds)
-    init_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, 3)
-    looking = jax.random.fold_in(keys[0], 4), jax.random.fold_in(keys[0], 5)
-    return keys, looking, jax.vmap(task.vae.init)(init_keys)
+    variables = jax.vmap(lambda key: task.vae.init(stream(key, Stream.INIT)))(keys)
+    first = jax.random.key(seeds[0])  # all are looked at with the same noise
+    looking = stream(first, Stream.VALIDATION), stream(first, Stream.PICTURES)
+    return keys, looking, variables
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -221,7 +223,7 @@ def train_step(
     train, per_epoch = task.train, task.steps_per_epoch
     epoch, position = step // per_epoch, step % per_epoch
     batch_size = train.batch_size
-    key_batch = jax.random.fold_in(key, 1)
+    key_batch = stream(key, Stream.BATCH)
 
     def shared(datapoints: Array) -> Array:  # the rest follows: each device takes its datapoints
         if task.mesh is None:
@@ -234,7 +236,8 @@ def train_step(
     else:
         indices = jax.lax.dynamic_slice(permutation, (position * batch_size,), (batch_size,))
         x = data.batch(images, shared(indices), jax.random.fold_in(key_batch, epoch))
-    keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, 2), step), batch_size)
+    key_step = jax.random.fold_in(stream(key, Stream.NOISE), step)
+    keys = jax.random.split(key_step, batch_size)
     weight = annealing_weight(train, per_epoch, step)
     training = tuple(p for p in trained_parts(train.freeze) if p != "posterior")
 
@@ -282,7 +285,7 @@ def train_chunk(
     def of_one_model(key: Key, state: TrainState):
         def run_epoch(epoch: Array, carry):
             state, rows = carry
-            shuffle = jax.random.fold_in(jax.random.fold_in(key, 0), epoch)
+            shuffle = jax.random.fold_in(stream(key, Stream.SHUFFLE), epoch)
             permutation = jax.random.permutation(shuffle, task.num_train)
             first = epoch * per_epoch
             begin, end = jnp.maximum(start, first), jnp.minimum(stop, first + per_epoch)
@@ -325,7 +328,7 @@ def validate(
       num_samples: K, a datapoint.
       variables: of S models, stacked.
       images: of the split, N of them.
-      key: datapoint i uses fold_in(key, i).
+      key: datapoint i uses fold_in(key, i), its pixels, if they are drawn, named(key, "pixels").
 
     Returns:
       {"elbo", "iwae" (of K samples), "log_likelihood", "kl": means over the split, [S]; "elbo_se",
@@ -336,7 +339,7 @@ def validate(
 
     def of_one_model(variables: Variables) -> dict[str, Array]:
         def of_one_datapoint(i: Array) -> tuple[dict[str, Array], Array]:
-            x = data.batch(images, i[None], key)[0]
+            x = data.batch(images, i[None], named(key, "pixels"))[0]
             terms, _ = vae.terms(jax.random.fold_in(key, i), variables, x, num_samples)
             log_weights = terms.log_likelihood + terms.log_prior - terms.log_q
             values = {
@@ -361,15 +364,15 @@ def pictures(vae: VAE, variables: Variables, images: data.Images, key: Key) -> t
 
     Means of p(x|z) in [0, 1], at z ~ q(z|x) and at z ~ p(z).
     """
-    x = data.batch(images, jnp.arange(10), key)
+    x = data.batch(images, jnp.arange(10), named(key, "pixels"))
 
     def of_one_model(variables: Variables) -> tuple[Array, Array]:
         def reconstruct(key: Key, x: Array) -> Array:
             z, _ = vae.sampler(variables, x)(key)
             return vae.mean_x(variables, z)
 
-        again = jax.vmap(reconstruct)(jax.random.split(key, 10), x)
-        z = jax.random.normal(key, (10, 10, vae.latent_dim))
+        again = jax.vmap(reconstruct)(jax.random.split(named(key, "posterior"), 10), x)
+        z = jax.random.normal(named(key, "prior"), (10, 10, vae.latent_dim))
         draws = jax.vmap(jax.vmap(lambda z: vae.mean_x(variables, z)))(z)
         return jnp.stack([x / jnp.maximum(jnp.max(x), 1), again]), draws
 

@@ -15,6 +15,7 @@ from jax.flatten_util import ravel_pytree
 from infsub import bounds, checkpoints, data, evaluate, grids, main, measure, records
 from infsub import config as configs
 from infsub.datapoints import map_datapoints
+from infsub.keys import Stream, stream
 from infsub.report.runs import load_run
 from infsub.train import train
 from infsub.types import Target, UserError
@@ -113,7 +114,7 @@ def test_points_of_the_model(trained, workdir):
             assert np.isfinite([row[name], row[f"{name}_se"]]).all()
     variables, _ = checkpoints.load_variables(workdir)
     vae = make_vae(small().model, (28, 28, 1), 2)
-    key = jax.random.split(jax.random.key(0), 3)[2]
+    key = stream(jax.random.key(0), Stream.IMAGES)
     few, more = (evaluate.simulate(key, vae, variables, n).images.values for n in (2, 5))
     np.testing.assert_array_equal(few, more[:2])
     assert set(np.unique(more)) == {0, 1}
