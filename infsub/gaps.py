@@ -390,8 +390,8 @@ def _witnesses(
         above = difference(_bound(witness), _bound(Column(*log_px[:2]).at(keep)))
         if above.mean.mean > MEAN_ERRORS * above.mean.standard_error:
             notes.append(
-                f"{label(name)} exceeds log p̂ by {above.mean.mean:.2f} ± {above.error:.2f} nats: "
-                f"{source.label} has not converged. Take more temperatures, or another start "
+                f"{label(name)} exceeds log p̂ by {above.mean.mean:.2f} ± {above.error:.2f} nats, a "
+                f"sign that {source.label} has not converged: take more temperatures, or another start "
                 "(config.evaluate.ais.start)."
             )
         limit = POINT_ERRORS * above.errors

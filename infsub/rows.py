@@ -26,23 +26,21 @@ class Field(NamedTuple):
 
     Attributes:
       meaning: in words.
-      unit: "nats", or "" where it counts or compares.
-      kind: "error", which says how far off the value is, or "diagnostic".
+      unit: "nats" of an error; "" of a diagnostic, which counts or compares.
     """
 
     meaning: str
-    unit: str
-    kind: Literal["error", "diagnostic"]
+    unit: Literal["nats", ""]
 
 
 FIELDS = {
-    "se": Field("Monte Carlo standard error", "nats", "error"),
-    "error": Field("difference of half the cells", "nats", "error"),
-    "ess": Field("effective sample size", "", "diagnostic"),
-    "pareto_k": Field("Pareto k", "", "diagnostic"),
-    "acceptance": Field("mean acceptance", "", "diagnostic"),
-    "steps": Field("steps taken", "", "diagnostic"),
-    "converged": Field("converged", "", "diagnostic"),
+    "se": Field("Monte Carlo standard error", "nats"),
+    "error": Field("difference of half the cells", "nats"),
+    "ess": Field("effective sample size", ""),
+    "pareto_k": Field("Pareto k", ""),
+    "acceptance": Field("mean acceptance", ""),
+    "steps": Field("steps taken", ""),
+    "converged": Field("converged", ""),
 }
 
 
