@@ -16,7 +16,7 @@ from infsub import config as configs
 from infsub import records
 from infsub import report as reports
 from infsub.report import __main__ as command
-from infsub.report import figures, pictures, tables
+from infsub.report import curves, figures, pictures, tables
 from infsub.report.runs import load_run
 from infsub.rows import in_order
 from infsub.types import UserError
@@ -424,6 +424,48 @@ def test_a_long_foot_stays_inside_the_figure():
     figure.draw_without_rendering()
     (foot,) = figure.texts
     assert foot.get_window_extent().x1 < figure.bbox.x1
+
+
+def drawn_lines(axes):
+    """{name: (x, y)} of an axes' lines with error bars."""
+    lines = {container.get_label(): container[0] for container in axes.containers}
+    return {name: (list(line.get_xdata()), list(line.get_ydata())) for name, line in lines.items()}
+
+
+def test_curves_against_a_setting_have_a_line_for_each_kind(tmp_path):
+    runs = []
+    for own, at, shift in (("gaussian", 4, 0.0), ("auxiliary", 2, 1.0), ("gaussian", 1, 2.0)):
+        folder = tmp_path / f"{own}_{at}"
+        make_run(folder, own=own, families=(own,), shift=shift)
+        gap = [{"index": i, "lower": -90.0, "upper": at * 0.1 - 90 + 0.01 * i} for i in range(3)]
+        (folder / "bdmc.jsonl").write_text("".join(json.dumps(row) + "\n" for row in gap))
+        run = load_run(str(folder))
+        runs.append(run._replace(settings=run.settings | {"evaluate.checkpoint": f"epoch_{at}"}))
+    kinds = ("model.posterior.name",)
+    figure = curves.curve_figure(runs, "evaluate.checkpoint", ("ais", "certificate"), kinds)
+    above, below = (drawn_lines(axes) for axes in figure.axes)
+    ais = [run.lines["ais"].mean.mean for run in runs]
+    assert above == {"FFG": ([1, 4], [ais[2], ais[0]]), "AF": ([2], [ais[1]])}
+    assert below["FFG"][1] == pytest.approx([0.11, 0.41])
+    assert figure.axes[1].get_xlabel() == "epochs"
+    assert "over 3 datapoints that each model simulates" in " ".join(
+        text.get_text().replace("\n", " ") for text in figure.texts
+    )
+
+
+def test_steps_are_drawn_down_to_what_they_leave(tmp_path):
+    def add(rows):
+        for row in rows:
+            row |= {"after_3_rnvp": row["local_rnvp"] - 0.5, "after_3_rnvp_se": 0.1}
+            row |= {"after_0_rnvp": row["local_rnvp"] - 2, "after_0_rnvp_se": 0.1}
+            row |= {"after_0_rnvp_encoded": row["local_rnvp"] - 2, "after_0_rnvp_encoded_se": 0.1}
+
+    make_run(tmp_path, own="rnvp", families=("rnvp",), edit=add)
+    (axes,) = curves.step_figure([load_run(str(tmp_path), "flow")]).axes
+    lines = drawn_lines(axes)
+    assert lines.keys() == {"flow: RNVP", "flow: RNVP, weights held"}
+    assert lines["flow: RNVP"] == ([0, 3], pytest.approx([2, 0.5]))
+    assert lines["flow: RNVP, weights held"] == ([0], pytest.approx([2]))
 
 
 def densities():
