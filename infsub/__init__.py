@@ -4,6 +4,7 @@ from infsub import posteriors
 from infsub.ais import ais, ais_with_info
 from infsub.bdmc import bdmc, reverse_ais
 from infsub.bounds import elbo, iwae
+from infsub.check import Check, check
 from infsub.datapoints import map_datapoints
 from infsub.local import LocalResult, local_curve, optimize_local
 from infsub.types import Estimate, Gaussian, Model, Posterior, Target
@@ -11,6 +12,7 @@ from infsub.types import Estimate, Gaussian, Model, Posterior, Target
 # The functions `ais` and `bdmc` are named like the modules they live in: they are bound here, after
 # those modules are loaded, so `infsub.ais(…)` is always the function.
 __all__ = [
+    "Check",
     "Estimate",
     "Gaussian",
     "LocalResult",
@@ -20,6 +22,7 @@ __all__ = [
     "ais",
     "ais_with_info",
     "bdmc",
+    "check",
     "elbo",
     "iwae",
     "local_curve",

@@ -1,0 +1,613 @@
+"""The rules by which `check` tells a mistake: numbers over datapoints in, findings in words out.
+
+A density knows its own moments. On pairs (z, x) ~ p(z) p(x|z), with s = ∇_z log p(x|z), its Hessian
+H and g = ∇ log p(z), whatever the networks are:
+
+| statistic                                      | a right model | otherwise |
+|------------------------------------------------|-----|--------------------------------------------|
+| E[s·s] / E[−tr H] (Bartlett's second identity) | 1   | c for c · log p: 1/X a mean over x, −1 a loss |
+| E[s·g] / E[g·g]                                | 0   | 1: the prior is in the likelihood            |
+| E[s(x)·s(x')] / E[s·s], x and x' for ONE z     | 0   | the share of a term of z missing or too much |
+| E[g·g] / E[−tr ∇² log p(z)]                    | 1   | log_prior is not sample_prior's density      |
+| E[(z − mean)² / scale²] of q(z|x)              | 1 if q is calibrated | far off: variance as scale … |
+| E[log q(z|x) / p(z)], q's widths refitted      | > 0 | < 0: another decoder's encoder               |
+
+The products are weighted by 1 / (E s_i² + E g_i²), so that no dimension drowns the others. On data
+alone q is its own witness: where it is fitted, E_q[−∇² log p(x, z)] is 1 / scale², and
+E_q[∇ log p(x, z)] is 0. That shows a mistake, not always whose it is.
+
+A statistic is wrong beyond NUM_ERRORS standard errors AND a practical margin, named where it is used.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.tree_util import keystr
+
+from infsub.pairs import NUM_RANKED, NUM_REPLICATES, OnData, Pair
+from infsub.types import Key
+
+NUM_ERRORS = 5.0
+
+
+class Statistic(NamedTuple):
+    """A number that a right model fixes.
+
+    Attributes:
+      value: from a mean over the datapoints.
+      standard_error: of `value`.
+      expected: of a right model; NaN where it depends on the model.
+    """
+
+    value: float
+    standard_error: float
+    expected: float = float("nan")
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g} ± {self.standard_error:.1g}"
+
+    def beyond_errors(self) -> bool:
+        return abs(self.value - self.expected) > NUM_ERRORS * self.standard_error
+
+    def outside(self, low: float, high: float) -> bool:
+        """Beyond errors, and beyond the margin [low, high]."""
+        return self.beyond_errors() and not low <= self.value <= high
+
+
+class Finding(NamedTuple):
+    """Something wrong, or something that could not be looked at.
+
+    Attributes:
+      level: "error" (bounds or gaps are wrong), "warning" (they may be), "note" (for information).
+      name: of its kind, as in `check`'s table.
+      sentence: what was found, the figure, what it should be, what to do.
+      value: the figure; NaN where there is none.
+      standard_error: of `value`; NaN where it has none.
+    """
+
+    level: str
+    name: str
+    sentence: str
+    value: float = float("nan")
+    standard_error: float = float("nan")
+
+
+class Calibration(NamedTuple):
+    """Of the encoder, on simulated pairs: is the true z like a draw of q(z|x)?
+
+    Simulation-based calibration (Talts et al. 2018, arXiv 1804.06788) with log p(x|z) as a test
+    quantity beside the coordinates (Modrák et al. 2023, arXiv 2211.02383).
+
+    Attributes:
+      coverage_50, coverage_90: the share of coordinates z_i within q's central 50 and 90 %.
+      ranks: [N] in (0, 1), of log p(x|z) at the true z among its values at draws of q, ties and
+        steps broken at random; uniform for an exact q, near 1 where q's draws explain x worse.
+      p_value: of the ranks' uniformity (Kolmogorov and Smirnov).
+      coordinate_p_value: of the uniformity of each z_i's ranks, the smallest of them times D.
+    """
+
+    coverage_50: Statistic
+    coverage_90: Statistic
+    ranks: np.ndarray
+    p_value: float
+    coordinate_p_value: float
+
+
+Seen = tuple[list[Finding], dict[str, Statistic]]
+
+
+def _wide(values: Any) -> np.ndarray:
+    return np.asarray(values, np.float64)
+
+
+def mean(values: np.ndarray, expected: float = float("nan")) -> Statistic:
+    """The mean of values [N], with its standard error."""
+    return Statistic(
+        float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values))), expected
+    )
+
+
+def ratio(numerator: np.ndarray, denominator: np.ndarray, expected: float) -> Statistic:
+    """mean(numerator) / mean(denominator), each [N], with the delta method's standard error."""
+    scale = np.mean(denominator)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = np.mean(numerator) / scale
+        error = mean(numerator - value * denominator).standard_error / abs(scale)
+    return Statistic(float(value), float(error), expected)
+
+
+# The inputs and the encoder's outputs
+
+
+def finite_rows(xs: Any) -> tuple[np.ndarray, list[Finding]]:
+    """The positions of the datapoints without NaN or inf, and what is to be said of the others."""
+    finite = np.array(True)
+    for leaf in jax.tree.leaves(xs):
+        values = np.asarray(leaf)
+        if np.issubdtype(values.dtype, np.inexact):
+            finite = finite & np.isfinite(values).reshape(len(values), -1).all(axis=1)
+    finite = np.broadcast_to(finite, np.shape(jax.tree.leaves(xs)[0])[:1])
+    bad = np.flatnonzero(~finite)
+    if not bad.size:
+        return np.arange(finite.size), []
+    sentence = (
+        f"{_count(bad.size, 'datapoint')} of xs ({_at(bad)}) "
+        "contain NaN or infinite values: leave them out, or fill them in."
+    )
+    return np.flatnonzero(finite), [Finding("error", "nan_input", sentence, bad.size)]
+
+
+def encoder_outputs(calls: list[tuple[np.ndarray, np.ndarray]], rows: np.ndarray) -> list[Finding]:
+    """Of two runs of `encode_twice` over the same datapoints, whose positions are `rows`."""
+    outputs = np.concatenate([outputs for outputs, _ in calls], axis=1).astype(np.float64)
+    scale = np.asarray(calls[0][1], np.float64)
+    bad = np.flatnonzero(~np.isfinite(outputs).all(axis=(1, 2)))
+    if bad.size:
+        sentence = (
+            f"encode gives values that are not finite for {_count(bad.size, 'datapoint')} "
+            f"({_at(rows[bad])}) though x is finite: look for a logarithm of 0 or an overflow."
+        )
+        return [Finding("error", "non_finite", sentence, bad.size)]
+    findings = []
+    change = np.max(np.abs(outputs - outputs[:, :1]))
+    spread = np.std(outputs)
+    if change > 1e-3 * spread:
+        sentence = (
+            f"encode gives another q when it is called again for the same x (by up to {change:.2g}; "
+            "must be 0): switch off its training mode (dropout, random numbers, batch statistics)."
+        )
+        findings.append(Finding("error", "changing", sentence, float(change)))
+    elif len(outputs) > 1 and np.all(outputs == outputs[:1]):
+        sentence = (
+            "encode gives exactly the same q for every x: it does not use x, or it normalises by "
+            "the statistics of a batch of one (batch norm in training mode)."
+        )
+        findings.append(Finding("warning", "constant_encoder", sentence))
+    share = np.mean(~(scale > 0)) if np.isfinite(scale).all() else 0.0
+    if share:
+        sentence = (
+            f"{share:.0%} of q's scales are 0 or negative: they must be standard deviations; give "
+            "exp(0.5 * log_variance), or exp(log_scale)."
+        )
+        findings.append(Finding("error", "scale_sign", sentence, float(share)))
+    return findings
+
+
+def data_values(data: Any, pairs: Pair) -> list[Finding]:
+    """Whether data [N, …] have the values that simulated x's have."""
+    findings = []
+    drawn, varies = _leaves(pairs.x), _leaves(pairs.varies)
+    for name, leaf in _leaves(data).items():
+        if not np.any(varies[name]):  # a covariate
+            continue
+        top, reach = np.max(np.abs(drawn[name])), np.max(np.abs(leaf))
+        fractions = leaf[leaf != np.round(leaf)]
+        if reach > 10 * top:
+            advice = "divide them by 255" if _bytes_like(leaf) else "bring them to one scale"
+            sentence = (
+                f"xs{name} reaches {reach:.4g}, and the x's that sample_x draws only {top:.3g}: "
+                f"{advice}."
+            )
+            findings.append(Finding("error", "pixels", sentence, float(reach)))
+        elif fractions.size and np.all(drawn[name] == np.round(drawn[name])):
+            sentence = (
+                f"xs{name} holds fractions such as {fractions[0]:.3g}, and sample_x draws whole "
+                "numbers only: log_likelihood is no density of such data; binarise or round them."
+            )
+            findings.append(Finding("warning", "grey", sentence, float(fractions[0])))
+    return findings
+
+
+def _bytes_like(leaf: np.ndarray) -> bool:
+    return bool(np.all(leaf == np.round(leaf)) and np.min(leaf) >= 0 and 15 < np.max(leaf) <= 255)
+
+
+# Simulated pairs
+
+
+def usable(pairs: Pair) -> tuple[Pair | None, list[Finding]]:
+    """The pairs that statistics can be made of, None if there are too few; and what is amiss."""
+    if not any(np.any(leaf) for leaf in jax.tree.leaves(pairs.varies)):
+        sentence = (
+            f"sample_x gives the same x for {NUM_REPLICATES} keys and one z: it must draw from "
+            "p(x|z), noise included, not return its mean."
+        )
+        return None, [Finding("error", "fixed_x", sentence)]
+    finite = np.array(True)
+    for leaf in jax.tree.leaves(pairs):
+        finite = finite & np.isfinite(leaf).reshape(len(leaf), -1).all(axis=1)
+    if finite.all():
+        return pairs, []
+    sentence = (
+        f"log_likelihood, log_prior, encode or a gradient of theirs is not finite for "
+        f"{_count(int(np.sum(~finite)), 'simulated pair')} of {finite.size}: look for a logarithm "
+        "of 0 or an overflow."
+    )
+    finding = Finding("error", "non_finite", sentence, float(np.sum(~finite)))
+    kept = jax.tree.map(lambda leaf: leaf[finite], pairs) if np.sum(finite) >= 20 else None
+    return kept, [finding]
+
+
+def likelihood(pairs: Pair, size: int) -> Seen:
+    """Is exp(log_likelihood) the density that sample_x draws from, up to a constant? size is X."""
+    score, curvature = _wide(pairs.score), _wide(pairs.curvature)
+    g = _wide(pairs.prior_score)[:, None]
+    if not np.any(score):
+        sentence = (
+            "log_likelihood does not change with z at any simulated pair: it must depend on z."
+        )
+        return [Finding("error", "ignores_z", sentence)], {}
+    weights = 1 / (np.mean(score**2, axis=(0, 1)) + np.mean(g**2, axis=(0, 1)))
+
+    def inner(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.mean(np.sum(weights * a * b, axis=-1), axis=-1)
+
+    # E[s·g] is 0 for any multiple of a log likelihood, so this comes first and is then taken out.
+    joint = ratio(inner(score, g), inner(g, g), 0.0)
+    factor = _factor(inner, score, curvature)
+    without = score - joint.value * g
+    factor_without = _factor(
+        inner, without, curvature - joint.value * pairs.prior_curvature[:, None]
+    )
+    # A mean's joint holds 1/X of the prior: what counts is the prior's share beside the likelihood's.
+    share = joint.value / abs(factor_without.value) if _is_wrong(factor_without) else joint.value
+    twice = joint.beyond_errors() and abs(share) > 0.3
+    if twice:
+        score, factor = without, factor_without
+    # Sums over distinct x's of one z: Σ_{a≠b} s_a·s_b / R(R − 1).
+    total, count = np.sum(score, axis=1), score.shape[1]
+    products = np.sum(weights * (total**2 - np.sum(score**2, axis=1)), axis=-1)
+    term = ratio(products / (count * (count - 1)), inner(score, score), 0.0)
+
+    findings = []
+    if twice:
+        sentence = (
+            f"log_likelihood contains log p(z) {joint} times (must be 0): give log p(x|z) alone, "
+            "the prior is added to it."
+        )
+        findings.append(Finding("error", "prior_twice", sentence, *joint[:2]))
+    missing = term.outside(-math.inf, 0.03)
+    if missing:
+        sentence = (
+            f"log_likelihood lacks a term that depends on z, or has one too many: {term} of its "
+            "score² is the same for all x (must be 0); keep all that depends on z, such as a "
+            "Gaussian's -log σ(z), or let sample_x draw from this very density."
+        )
+        findings.append(Finding("error", "term_of_z", sentence, *term[:2]))
+    finding = _factor_finding(factor, size)
+    if finding and not (missing and finding.name == "factor"):
+        findings.append(finding)
+    if not twice and joint.standard_error > 0.2:
+        sentence = (
+            f"Not checked: whether log_likelihood contains log p(z), for these pairs tell its part "
+            f"only as {joint} (0, or 1): raise num_points."
+        )
+        findings.append(Finding("note", "unchecked", sentence, *joint[:2]))
+    return findings, {
+        "score² / curvature of log_likelihood": factor,
+        "prior within log_likelihood": joint,
+        "share of a term of z in the score²": term,
+    }
+
+
+def _factor(inner: Any, score: np.ndarray, curvature: np.ndarray) -> Statistic:
+    return ratio(inner(score, score), inner(curvature, np.ones(())), 1.0)
+
+
+def _is_wrong(factor: Statistic) -> bool:
+    return factor.outside(0.75, 1.33)
+
+
+def _factor_finding(factor: Statistic, size: int) -> Finding | None:
+    if not _is_wrong(factor):
+        return None
+    c, figure = factor.value, f"(score² / curvature is {factor}, must be 1)"
+    if abs(c) > 0 and abs(math.log(abs(c) * size)) < math.log(1.5) and size > 1:
+        sign = ", and its sign is turned: it is a loss" if c < 0 else ""
+        sentence = (
+            f"log_likelihood is averaged over the {size} values of x{sign} {figure}: "
+            f"give the sum of log p over them."
+        )
+        return Finding("error", "loss" if c < 0 else "mean", sentence, *factor[:2])
+    if c < 0:
+        sentence = (
+            f"log_likelihood has the sign of a loss {figure}: give log p(x|z), which is larger where "
+            "z explains x better."
+        )
+        return Finding("error", "loss", sentence, *factor[:2])
+    sentence = (
+        f"log_likelihood is about {c:.2g} times a log density {figure}: look for a squared error "
+        "without its 1/(2σ²), a mean over some axes, a weight, or a sample_x of another noise."
+    )
+    return Finding("error", "factor", sentence, *factor[:2])
+
+
+def prior(pairs: Pair) -> Seen:
+    """Is log_prior the density that sample_prior draws from, up to a constant?"""
+    g, curvature = _wide(pairs.prior_score), _wide(pairs.prior_curvature)
+    weights = 1 / np.maximum(np.mean(g**2, axis=0), np.finfo(float).tiny)
+    factor = ratio(np.sum(weights * g**2, axis=1), np.sum(weights * curvature, axis=1), 1.0)
+    numbers = {"score² / curvature of log_prior": factor}
+    if not _is_wrong(factor):
+        return [], numbers
+    sentence = (
+        f"log_prior is not the log density of what sample_prior draws (score² / curvature is "
+        f"{factor}, must be 1): both must say the same p(z)."
+    )
+    return [Finding("error", "prior", sentence, *factor[:2])], numbers
+
+
+# The encoder, on simulated pairs
+
+_HALF_WIDTH = 0.67449  # of a standard normal's central 50 %
+_READINGS = {"variances, so that scale is their square root": np.sqrt}
+_SIGNED_READINGS = {
+    "log-variances, so that scale is exp(0.5 * log_variance)": lambda s: np.exp(s / 2),
+    "log-scales, so that scale is exp(log_scale)": np.exp,
+}
+
+
+def encoder(pairs: Pair) -> Seen:
+    """Does q(z|x) tell z, and is its scale a standard deviation?"""
+    z, scale = _wide(pairs.z), _wide(pairs.q.scale)
+    if np.any(scale == 0):  # an error of `encoder_outputs`
+        return [], {}
+    shift = z - _wide(pairs.q.mean)
+
+    def squares(scale: np.ndarray) -> Statistic:
+        return mean(np.mean((shift / scale) ** 2, axis=1), 1.0)
+
+    residual = squares(scale)
+    numbers = {"(z - mean)² / scale² of q": residual}
+    findings = []
+    # Coverage is bounded: a few wild z's hide no error in it, as they can in a mean of squares.
+    inside = mean(np.mean(np.abs(shift / scale) < _HALF_WIDTH, axis=1), 0.5)
+    off = inside.beyond_errors() and not 1 / 3 < residual.value < 3
+    read = _reading(pairs, shift, scale) if off or np.any(scale < 0) else None
+    if read is not None:
+        words, scale = read
+        sentence = (
+            f"q's scales look like {words}: (z - mean)² / scale² is {residual} as given and "
+            f"{squares(scale)} so read (1 is right)."
+        )
+        findings.append(Finding("error", "scale_power", sentence, *residual[:2]))
+    elif off and abs(_log_agreement(pairs, scale)) > math.log(2):
+        word = "narrow" if residual.value > 1 else "wide"
+        sentence = (
+            f"q(z|x) is far too {word}: (z - mean)² / scale² is {residual} on simulated pairs, and "
+            f"would be {squares(np.sqrt(np.abs(scale)))} were the scales variances (1 is right): is "
+            "scale a standard deviation, and the encoder trained with this likelihood?"
+        )
+        findings.append(Finding("warning", "width", sentence, *residual[:2]))
+    # q against the best Gaussian that does not see x, the widths of both fitted in each dimension, so
+    # that only what q's means know of z is left.
+    fitted = np.abs(scale) * np.sqrt(np.mean((shift / scale) ** 2, axis=0))
+    blind = np.std(z, axis=0)
+    log_q = -0.5 * (shift / fitted) ** 2 - np.log(fitted)
+    log_p = -0.5 * ((z - np.mean(z, axis=0)) / blind) ** 2 - np.log(blind)
+    nats = log_q - log_p
+    told = mean(np.sum(nats, axis=1))
+    numbers["nats by which q tells z better than p(z)"] = told
+    worse = sum(mean(column, 0.0).outside(-0.1, math.inf) for column in nats.T)
+    if worse:
+        sentence = (
+            f"q(z|x) tells {worse} of the {z.shape[1]} z_i of simulated x's worse than p(z) does (over "
+            f"all it gains {told} nats; must be above 0 for each): the encoder is not for this decoder, "
+            "sees x on another scale, or is not trained; load two that were trained together."
+        )
+        findings.append(Finding("warning", "encoder", sentence, *told[:2]))
+    return findings, numbers
+
+
+def _log_agreement(pairs: Pair, scale: np.ndarray) -> float:
+    """log of the curvature of log p(x|z) by what scale [N, D] says of it; 0 is right, inf senseless.
+
+    A factorised q is right to be narrow where z's posterior is correlated: 1 / scale² is the
+    curvature then, but not the inverse of z's variance.
+    """
+    found = np.sum(scale**2 * np.mean(pairs.curvature, axis=1))
+    wanted = np.sum(1 - scale**2 * pairs.prior_curvature)
+    return math.log(found / wanted) if found * wanted > 0 else math.inf
+
+
+def _reading(pairs: Pair, shift: np.ndarray, scale: np.ndarray) -> tuple[str, np.ndarray] | None:
+    """What the numbers given as scale [N, D] are if not one, by how well they fit shifts [N, D].
+
+    A reading must be calibrated as it is, while a scale is forgiven a constant factor: an encoder
+    that is too narrow everywhere has no other reading. Nor has one that agrees with the curvature.
+    """
+
+    def misfit(scale: np.ndarray) -> float:  # minus the mean log density, its width fitted
+        return float(0.5 * np.log(np.mean((shift / scale) ** 2)) + np.mean(np.log(scale)))
+
+    signed = np.any(scale < 0)
+    best, found = np.inf if signed else misfit(scale) - 0.01, None
+    for words, transform in (_SIGNED_READINGS if signed else _READINGS).items():
+        read = transform(np.clip(scale, -100, 100))
+        if 0.4 < np.mean((shift / read) ** 2) < 2.5 and misfit(read) < best:
+            best, found = misfit(read), (words, read)
+    if found and not signed:
+        given, read = (abs(_log_agreement(pairs, s)) for s in (scale, found[1]))
+        return None if given < read else found
+    return found
+
+
+def calibration(key: Key, pairs: Pair) -> tuple[Calibration, list[Finding]]:
+    """How the true z ranks among draws of q; and a note where q is not calibrated."""
+    rng = np.random.default_rng(np.asarray(jax.random.bits(key, (4,), "uint32")))
+
+    def spread(below: np.ndarray, equal: np.ndarray) -> np.ndarray:
+        return (below + rng.uniform(size=below.shape) * (equal + 1)) / (NUM_RANKED + 1)
+
+    at_draws, at_z = pairs.log_likelihoods, pairs.log_likelihood[:, None]
+    ranks = spread(np.sum(at_draws < at_z, axis=1), np.sum(at_draws == at_z, axis=1))
+    below = np.asarray(pairs.below)
+    coordinates = spread(below, np.zeros_like(below))
+
+    def coverage(level: float) -> Statistic:
+        return mean(np.mean(np.abs(coordinates - 0.5) < level / 2, axis=1), level)
+
+    smallest = min(uniformity(column) for column in coordinates.T)
+    result = Calibration(
+        coverage(0.5),
+        coverage(0.9),
+        ranks,
+        uniformity(ranks),
+        min(1.0, smallest * coordinates.shape[1]),
+    )
+    p_value = min(result.p_value, result.coordinate_p_value)
+    if p_value > 1e-4:
+        return result, []
+    sentence = (
+        f"q(z|x) is not calibrated: its central 50 % hold {result.coverage_50.value:.0%} of the true "
+        f"z_i and its central 90 % {result.coverage_90.value:.0%}, and the true z's log p(x|z) ranks "
+        f"at {np.mean(ranks):.2f} of 1 on average (0.5 is right): part of the gaps, no mistake."
+    )
+    return result, [Finding("note", "calibration", sentence, p_value)]
+
+
+def uniformity(values: np.ndarray) -> float:
+    """P of Kolmogorov and Smirnov's test that values [N] are uniform on (0, 1).
+
+    Stephens' (1970) correction for N: λ = (√N + 0.12 + 0.11/√N) D, p = 2 Σ_k (−1)^(k−1) e^(−2k²λ²).
+    """
+    size = len(values)
+    ordered, steps = np.sort(values), np.arange(size + 1) / size
+    distance = max(np.max(steps[1:] - ordered), np.max(ordered - steps[:-1]))
+    scaled = (math.sqrt(size) + 0.12 + 0.11 / math.sqrt(size)) * distance
+    k = np.arange(1, 101)
+    p = 2 * np.sum((-1.0) ** (k - 1) * np.exp(-2 * (k * scaled) ** 2))
+    return float(np.clip(p, 0, 1)) if scaled > 0.2 else 1.0  # below, the series is slow, and p is 1
+
+
+# Data
+
+
+def unfinished(on: OnData, rows: np.ndarray) -> tuple[OnData, list[Finding]]:
+    """The datapoints whose ELBO and gradients are finite; and which are not."""
+    finite = np.array(True)
+    for leaf in jax.tree.leaves(on):
+        finite = finite & np.isfinite(leaf).reshape(len(leaf), -1).all(axis=1)
+    if finite.all():
+        return on, []
+    sentence = (
+        f"the ELBO, or a gradient of log_likelihood or log_prior in z, is not finite for "
+        f"{_count(int(np.sum(~finite)), 'datapoint')} of xs ({_at(rows[~finite])}): look for a "
+        "logarithm of 0 or an overflow."
+    )
+    finding = Finding("error", "non_finite", sentence, float(np.sum(~finite)))
+    return jax.tree.map(lambda leaf: leaf[finite], on), [finding]
+
+
+def fit(on: OnData, data: Any, size: int) -> Seen:
+    """Whether q and p(x, z) agree on the data that q was trained on."""
+    scale = _wide(on.q.scale)
+
+    def factor(scale: np.ndarray) -> Statistic:
+        # Weights scale²: a dimension that x determines counts 1, one left to the prior nothing.
+        found = np.sum(scale**2 * on.curvature, axis=1)
+        return ratio(found, np.sum(1 - scale**2 * on.prior_curvature, axis=1), 1.0)
+
+    agreement = factor(scale)
+    shift = mean(np.mean((scale * on.gradient) ** 2, axis=1))
+    reach = ratio(np.sum(on.prior_square, axis=1), np.sum(on.prior_curvature, axis=1), 1.0)
+    numbers = {
+        "score² / curvature of log p(z) at q, on xs": reach,
+        "curvature of log_likelihood by that of q, on xs": agreement,
+        "(scale · E_q[∇ log p(x, z)])², on xs": shift,
+    }
+    whole = [leaf for leaf in jax.tree.leaves(data) if _bytes_like(leaf)]
+    if whole and np.mean(on.elbo) > 0:
+        statistic, what, cause = (
+            mean(_wide(on.elbo)),
+            "the ELBO, of whole numbers, above 0,",
+            "",
+        )
+    elif reach.value - NUM_ERRORS * reach.standard_error > 4:
+        statistic, what = reach, "score² / curvature of log p(z) at q's draws"
+        cause = "the encoder sees x on another scale than in its training, or is not trained"
+    elif shift.value - NUM_ERRORS * shift.standard_error > 2:
+        statistic, what = shift, "(scale · gradient)² at q, below 1 as a rule,"
+        cause = "the encoder is not for this decoder, sees x on another scale, or is not trained"
+    elif agreement.outside(0.25, 4):
+        statistic, what = agreement, "curvature / (1/scale² − the prior's)"
+        causes = {
+            f"log_likelihood is averaged over the {size} values of x": agreement.value * size,
+            "scale is a variance": factor(np.sqrt(np.abs(scale))).value,
+            "log_likelihood is a loss, its sign is turned": -agreement.value,
+        }
+        cause, value = min(
+            causes.items(), key=lambda c: abs(math.log(c[1])) if c[1] > 0 else np.inf
+        )
+        if not 0.4 < value < 2.5:
+            cause = "log_likelihood is a multiple of a log density, or scale no standard deviation"
+    else:
+        return [], numbers
+    level, name = "error" if statistic is agreement else "warning", "fit"
+    if whole:
+        level, name, cause = "error", "pixels", "xs holds 0…255 and is to be divided by 255"
+    right = f" ({statistic.expected:g} is right)" if np.isfinite(statistic.expected) else ""
+    sentence = (
+        f"q(z|x) and p(x, z) contradict each other on xs: {what} is {statistic}{right}; most likely "
+        f"{cause}. With sample_x, check could tell."
+    )
+    return [Finding(level, name, sentence, *statistic[:2])], numbers
+
+
+def elbo(on: OnData, training_elbo: float | None, size: int) -> Seen:
+    """L[q] on xs, and whether training saw the same number."""
+    measured = mean(_wide(on.elbo))
+    numbers = {"ELBO on xs": measured}
+    if training_elbo is None:
+        return [], numbers
+    latent_dim = on.gradient.shape[1]
+    tolerance = max(NUM_ERRORS * measured.standard_error, 0.002 * abs(measured.value))
+
+    def agrees(value: float) -> bool:
+        return abs(value - measured.value) < tolerance
+
+    if agrees(training_elbo):
+        return [], numbers
+    half_log_2pi = 0.5 * math.log(2 * math.pi)
+    guesses = {
+        "its sign turned, a loss": -training_elbo,
+        f"a mean over the {size} values of x": training_elbo * size,
+        f"a loss averaged over the {size} values of x": -training_elbo * size,
+        "bits per value of x": -training_elbo * size * math.log(2),
+        "without a Gaussian's -X/2 log 2π": training_elbo - size * half_log_2pi,
+        "with an X/2 log 2π that is missing here": training_elbo + size * half_log_2pi,
+        "with a D/2 log 2π too much": training_elbo - latent_dim * half_log_2pi,
+    }
+    named = [words for words, value in guesses.items() if agrees(value)]
+    cause = f"; it would fit as {named[0]}" if named else ""
+    sentence = (
+        f"the ELBO seen in training, {training_elbo:.6g}, is not the {measured.value:.6g} ± "
+        f"{measured.standard_error:.2g} nats measured on xs{cause}: look for other data, a KL weight, "
+        "dropped constants, or weights of another step."
+    )
+    difference = training_elbo - measured.value
+    return [
+        Finding("warning", "training_elbo", sentence, difference, measured.standard_error)
+    ], numbers
+
+
+# Words
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _at(rows: np.ndarray) -> str:
+    named = ", ".join(str(row) for row in np.sort(rows)[:5])
+    return f"at {named}" + (f" and {rows.size - 5} more" if rows.size > 5 else "")
+
+
+def _leaves(tree: Any) -> dict[str, np.ndarray]:
+    """Path -> leaf, as numpy."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {keystr(path): np.asarray(leaf) for path, leaf in leaves}
