@@ -130,9 +130,7 @@ def read(path: Path, template: Any) -> Any:
     for name, leaf in wanted.items():
         if leaf.size and (name not in arrays or arrays[name].shape != leaf.shape):
             found = arrays[name].shape if name in arrays else "nothing"
-            raise UserError(
-                f"weights in {path} do not fit: {name} is {found} there and {leaf.shape} here."
-            )
+            raise UserError(f"weights in {path} do not fit: {name} is {found}, not {leaf.shape}.")
     leaves = [arrays.get(name, np.zeros(leaf.shape, leaf.dtype)) for name, leaf in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
 

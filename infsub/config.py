@@ -334,13 +334,13 @@ def identity(config: Config, data_identity: str, init_identity: str = "") -> str
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """`identified` fields that differ, each as one phrase."""
     absent = "nothing"
     return [
-        f"{name} is {there.get(name, absent)!r} there and {here.get(name, absent)!r} here"
-        for name in sorted(there | here)
-        if there.get(name, absent) != here.get(name, absent)
+        f"{name} was {before.get(name, absent)!r} and is {now.get(name, absent)!r}"
+        for name in sorted(before | now)
+        if before.get(name, absent) != now.get(name, absent)
     ]
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from infsub import checkpoints, data, measure, posteriors, records, rows
+from infsub import checkpoints, data, files, measure, posteriors, records, rows
 from infsub import config as configs
 from infsub.datapoints import map_datapoints
 from infsub.keys import Stream, named, stream
@@ -94,7 +94,7 @@ def evaluate(config: configs.Config, workdir: Path) -> list[int]:
         }
         arrays |= {} if split.labels is None else {"labels": split.labels[first]}
         arrays |= mapped(densities_of_datapoint, key_rows, xs, variables, indices=first)
-        records.write_npz(folder / records.POSTERIORS, arrays)
+        files.write_npz(folder / records.POSTERIORS, arrays)
     return bad
 
 
@@ -197,8 +197,8 @@ def _claim(workdir: Path, settings: Any, run: dict[str, Any], facts: dict[str, A
     folder = workdir / settings.name if settings.name else workdir
     used = {n: v for n, v in configs.flatten(settings) if n not in ("block_size", "name")}
     used = {n: list(v) if isinstance(v, tuple) else v for n, v in used.items()} | facts
-    before = records.read_json(folder / "evaluation.json")
-    if before is not None and before != used and records.read_rows(folder / "rows.jsonl"):
+    before = files.read_json(folder / "evaluation.json")
+    if before is not None and before != used and files.read_rows(folder / "rows.jsonl"):
         raise UserError(
             f"{folder / 'rows.jsonl'} was made with other settings: "
             f"{'; '.join(configs.differences(before, used))}. Keep both with "
@@ -210,8 +210,8 @@ def _claim(workdir: Path, settings: Any, run: dict[str, Any], facts: dict[str, A
         for name in (records.POSTERIORS, "bdmc.jsonl"):
             (folder / name).unlink(missing_ok=True)
     run |= {"config": run["config"] | {"evaluate": settings.to_dict()}}
-    records.write_json(folder / "config.json", run)
-    records.write_json(folder / "evaluation.json", used)
+    files.write_json(folder / "config.json", run)
+    files.write_json(folder / "evaluation.json", used)
     return folder
 
 
@@ -223,18 +223,18 @@ def _write_rows(
     block_columns: Callable[[np.ndarray], dict[str, Any]],
 ) -> list[dict[str, Any]]:
     """Appends a row for each index, block by block, after the whole blocks that are there already."""
-    written = records.read_rows(path)
+    written = files.read_rows(path)
     done = [row[rows.INDEX] for row in written]
     if done != indices[: len(done)].tolist():
         raise UserError(f"{path} holds other datapoints: remove it, or name this evaluation.")
     if len(written) < len(indices):  # a killed run may have torn its last block
         written = written[: len(written) // block_size * block_size]
-        records.rewrite_rows(path, written)
-    progress = records.Progress(len(indices), label, len(written), "datapoint")
+        files.rewrite_rows(path, written)
+    progress = files.Progress(len(indices), label, len(written), "datapoint")
     for start in range(len(written), len(indices), block_size):
         block = indices[start : start + block_size]
         block_rows = rows.to_json({rows.INDEX: block} | block_columns(block))
-        records.append_rows(path, block_rows)
+        files.append_rows(path, block_rows)
         written += block_rows
         progress.update(len(written))
     progress.close()

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from infsub import config as configs
-from infsub import records
+from infsub import files, records
 from infsub.types import UserError
 
 Fields = Mapping[str, Any]  # {dotted name of a config field: value}
@@ -276,7 +276,7 @@ def run(
     for i, cell in enumerate(cells):
         if cell.name not in wanted or _done(cell):
             continue
-        records.say(f"{config.experiment.name}, cell {i + 1} of {len(cells)}: {cell.name}")
+        files.say(f"{config.experiment.name}, cell {i + 1} of {len(cells)}: {cell.name}")
         states[cell.name] = _run_cell(cell, folder, states)
         _summarise(config, cells, states, folder, show=False)
     failed = _summarise(config, cells, states, folder, show=True)
@@ -297,8 +297,8 @@ def status(workdir: Path) -> str:
     lines = []
     for path in sorted(workdir.glob("*/cells.json")):
         lines.append(path.parent.name)
-        for name, cell in records.read_json(path).items():
-            rows = records.read_rows(workdir / cell["run"] / cell["evaluation"] / "rows.jsonl")
+        for name, cell in files.read_json(path).items():
+            rows = files.read_rows(workdir / cell["run"] / cell["evaluation"] / "rows.jsonl")
             text = f"{cell['state']}, {len(rows)} datapoints evaluated, {cell['run']}"
             lines.append(f"  {name:<32}{text}")
     return "\n".join(lines)
@@ -306,7 +306,7 @@ def status(workdir: Path) -> str:
 
 def _done(cell: Cell) -> dict[str, Any] | None:
     """What the cell ended with, if it has."""
-    return records.read_json(cell.evaluation / "done.json")
+    return files.read_json(cell.evaluation / "done.json")
 
 
 def _run_cell(cell: Cell, folder: Path, states: Mapping[str, str]) -> str:
@@ -323,13 +323,13 @@ def _run_cell(cell: Cell, folder: Path, states: Mapping[str, str]) -> str:
     except Exception as error:
         if isinstance(error, records.Stopped) and error.exit_code > 1:
             raise  # a signal, not a failing cell
-        records.write_bytes(error_file, traceback.format_exc().encode())
+        files.write_bytes(error_file, traceback.format_exc().encode())
         reason = " ".join(str(error).split()) or type(error).__name__
-        records.say(f"cell {cell.name} failed: {reason}")
+        files.say(f"cell {cell.name} failed: {reason}")
         return f"{reason} (see {error_file.name})"
     error_file.unlink(missing_ok=True)
     seconds = round(time.monotonic() - start, 1)
-    records.write_json(cell.evaluation / "done.json", {"not_finite": bad, "seconds": seconds})
+    files.write_json(cell.evaluation / "done.json", {"not_finite": bad, "seconds": seconds})
     return ""
 
 
@@ -354,7 +354,7 @@ def _summarise(
         }
         for cell in cells
     }
-    records.write_json(folder / "cells.json", summary)
+    files.write_json(folder / "cells.json", summary)
     if ended:
         given = config.experiment
         title = f"{given.question} ({given.name}, scale {config.scale})"
@@ -363,5 +363,5 @@ def _summarise(
     if show:
         counts = f"{len(ended)} of {len(cells)} cells of {config.experiment.name} are done"
         text = "".join(f"; {name}: {why}" for name, why in wrong.items())
-        records.say(f"{counts}{text}.")
+        files.say(f"{counts}{text}.")
     return set(wrong)

@@ -17,7 +17,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from infsub import config as configs
-from infsub import experiments, records
+from infsub import experiments, files, records
 from infsub.types import UserError
 
 MODES = ["run", "train", "evaluate", "report", "status"]
@@ -39,7 +39,7 @@ def parse(argv: list[str]) -> list[str]:
     except SystemExit:  # absl has shown the help
         sys.exit(0)
     except Exception as error:  # a config file may raise anything
-        records.say(configs.explain(argv, error))
+        files.say(configs.explain(argv, error))
         sys.exit(2)
 
 
@@ -61,7 +61,7 @@ def main(_: list[str]) -> int:
             config = CONFIG.value or configs.from_json(records.read_run(workdir)["config"])
             run(MODE.value, configs.resolve(config), workdir)
     except (UserError, records.Stopped, KeyboardInterrupt) as error:
-        records.say(str(error) or "stopped; the same command continues.")
+        files.say(str(error) or "stopped; the same command continues.")
         return getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 2)
     return 0
 

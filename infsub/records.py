@@ -1,33 +1,29 @@
 """What a run writes down: its config, metrics as JSON lines and CSV, TensorBoard events, pictures.
 
 `metrics.jsonl` is the source of truth and holds nothing that depends on the clock, so a resumed run
-writes the same bytes; speed and time left are in `progress.json`. Every file is written aside and
-renamed, or appended to line by line.
+writes the same bytes; speed and time left are in `progress.json`.
 """
 
 from __future__ import annotations
 
-import csv
 import importlib.metadata
-import io
-import json
 import os
 import platform
 import subprocess
-import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from infsub import config as configs
+from infsub import files
 from infsub.types import UserError
 
-OURS = ("checkpoints", "metrics.jsonl", "rows.jsonl", "table.md", "seed_0")
+TRACES = ("checkpoints", "metrics.jsonl", "rows.jsonl", "table.md", "seed_0")  # that a run leaves
 POSTERIORS = "posteriors.npz"  # the densities that an evaluation with a grid leaves
+FACTS = ("config", "identity", "identified", "image_shape", "levels", "steps_per_epoch")
 PACKAGES = ("infsub", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "distrax")
 
 
@@ -43,83 +39,6 @@ class Stopped(Exception):
         self.exit_code = exit_code
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file so that a reader sees the old one or the new one, whole."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_bytes(content)
-    os.replace(aside, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """`value` as an indented JSON file."""
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def read_json(path: Path) -> Any:
-    """The value in a JSON file, or None when there is no such file."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-
-
-def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Appends one line of JSON for each row; NaN and infinities become null."""
-    lines = "".join(json.dumps(_finite(row)) + "\n" for row in rows)
-    with path.open("a") as file:
-        file.write(lines)
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file; a last line torn by a kill is left out.
-
-    Raises:
-      UserError: another line is no JSON.
-    """
-    if not path.exists():
-        return []
-    rows, lines = [], path.read_text().splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise UserError(
-                    f"{path}, line {number}, is no JSON ({error}): mend it, or remove the file."
-                ) from error
-    return rows
-
-
-def rewrite_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Replaces a JSON-lines file by these rows."""
-    write_bytes(path, "".join(json.dumps(_finite(row)) + "\n" for row in rows).encode())
-
-
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """The rows as CSV; the columns are all fields, in order of appearance."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
-    writer.writeheader()
-    writer.writerows(rows)
-    write_bytes(path, text.getvalue().encode())
-
-
-def write_npz(path: Path, arrays: Mapping[str, Any]) -> None:
-    """Arrays by name as a compressed npz file; of numbers and strings, so no reader needs pickle."""
-    content = io.BytesIO()
-    np.savez_compressed(content, **arrays)
-    write_bytes(path, content.getvalue())
-
-
-def write_png(path: Path, image: np.ndarray) -> None:
-    """uint8 [Y, X, 3] as a PNG file."""
-    from PIL import Image
-
-    png = io.BytesIO()
-    Image.fromarray(image).save(png, "png")
-    write_bytes(path, png.getvalue())
-
-
 def picture(images: np.ndarray) -> np.ndarray:
     """A grid of images [rows, columns, H, W, C] in [0, 1] as one image, uint8 [Y, X, 3]."""
     images = np.pad(images, [(0, 0), (0, 0), (0, 1), (0, 1), (0, 0)], constant_values=0.5)
@@ -127,10 +46,6 @@ def picture(images: np.ndarray) -> np.ndarray:
     grid = images.swapaxes(1, 2).reshape(rows * height, columns * width, channels)
     grid = np.broadcast_to(grid, (*grid.shape[:2], 3))
     return np.uint8(np.round(255 * np.clip(grid, 0, 1)))  # pyright: ignore[reportReturnType]
-
-
-def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in row.items()}
 
 
 class TensorBoard:
@@ -165,58 +80,7 @@ class TensorBoard:
         self._writer.close()
 
 
-class Progress:
-    """A bar with the time left on a terminal; a plain line now and then elsewhere. On stderr.
-
-    Args:
-      total: units of work.
-      label: what is being done.
-      done: units done in an earlier session.
-      unit: what is counted.
-      seconds: least time between two plain lines.
-    """
-
-    def __init__(
-        self, total: int, label: str, done: int = 0, unit: str = "step", seconds: float = 10.0
-    ) -> None:
-        self.total, self.done, self.seconds_left = total, done, float("nan")
-        self._label, self._unit, self._seconds = label, unit, seconds
-        self._since: tuple[int, float] | None = None  # the first update: before, jax compiles
-        self._last_line = time.monotonic()
-        self._bar = (
-            tqdm(total=total, initial=done, desc=label, unit=unit, dynamic_ncols=True)
-            if sys.stderr.isatty()
-            else None
-        )
-
-    def update(self, done: int, note: str = "") -> None:
-        """Shows that `done` units of work are done in all; `note` is put beside."""
-        now, self.done = time.monotonic(), done
-        first, start = self._since = self._since or (done, now)
-        if done > first:
-            self.seconds_left = (now - start) / (done - first) * (self.total - done)
-        if self._bar is not None:
-            self._bar.set_postfix_str(note, refresh=False)
-            self._bar.update(done - self._bar.n)
-        elif now - self._last_line >= self._seconds or done == self.total:
-            self._last_line = now
-            known = done < self.total and np.isfinite(self.seconds_left)
-            left = f", {duration(self.seconds_left)} left" if known else ""
-            line = f"{self._label}: {done}/{self.total} {self._unit}s{left}"
-            print(f"{line}  {note}".rstrip(), file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """Leaves the bar as it is."""
-        if self._bar is not None:
-            self._bar.close()
-
-
-def say(text: str) -> None:
-    """One plain line on stderr, where progress goes; stdout is for results."""
-    print(f"infsub: {text}", file=sys.stderr, flush=True)
-
-
-def write_progress(workdir: Path, progress: Progress, speed: float) -> None:
+def write_progress(workdir: Path, progress: files.Progress, speed: float) -> None:
     """progress.json, for `--mode=status`: the only record that depends on the clock."""
     content = {
         "done": progress.done,
@@ -226,29 +90,24 @@ def write_progress(workdir: Path, progress: Progress, speed: float) -> None:
         "time": time.time(),
         "pid": os.getpid(),
     }
-    write_json(workdir / "progress.json", _finite(content))
+    files.write_json(workdir / "progress.json", files.finite(content))
 
 
-def duration(seconds: float) -> str:
-    """A time a person reads: 42 s, 3 min 20 s, 5 h 12 min."""
-    if not np.isfinite(seconds):
-        return "unknown time"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def read_run(workdir: Path) -> dict[str, Any]:
-    """The `config.json` of a run: config, identity, image_shape, levels, steps_per_epoch, versions.
+def read_run(workdir: Path, needed: tuple[str, ...] = FACTS) -> dict[str, Any]:
+    """The `config.json` of a run: its config, and what `claim` wrote beside it.
 
     Raises:
-      UserError: there is no run in `workdir`.
+      UserError: there is no run in `workdir`, or one of the fields that are needed is not there.
     """
-    run = read_json(Path(workdir) / "config.json")
+    path = Path(workdir) / "config.json"
+    run = files.read_json(path)
     if run is None:
         raise UserError(f"{workdir} holds no run (it has no config.json): give a run's --workdir.")
+    known = run if isinstance(run, dict) and isinstance(run.get("config"), dict) else {}
+    if missing := [name for name in needed if name not in known]:
+        raise UserError(
+            f"{path} is no run's: it has no {', '.join(missing)}; give a run's --workdir."
+        )
     return run
 
 
@@ -266,18 +125,17 @@ def status(workdir: Path) -> str:
         ("data", f"{config.data.name}, {config.data.binarisation}, {config.data.levels} levels"),
         ("model", f"{model.posterior.name} posterior, z of {model.latent_dim} dimensions"),
     ]
-    progress = read_json(workdir / "progress.json")
+    progress = files.read_json(workdir / "progress.json")
     if progress is None:
         lines.append(("training", "not begun"))
     else:
         epoch, ago = progress["done"] / per_epoch, time.time() - progress["time"]
         state = f"epoch {epoch:.4g} of {train.num_epochs}, {progress['examples_per_second']:.0f}"
-        lines.append(("training", f"{state} examples/s, last seen {duration(ago)} ago"))
-        if progress["done"] < progress["total"] and ago < 120:
-            end = time.strftime(
-                "%d %b %H:%M", time.localtime(time.time() + progress["seconds_left"])
-            )
-            lines.append(("time left", f"{duration(progress['seconds_left'])}, until {end}"))
+        lines.append(("training", f"{state} examples/s, last seen {files.duration(ago)} ago"))
+        left = progress["seconds_left"]  # None before it is known
+        if progress["done"] < progress["total"] and ago < 120 and left is not None:
+            end = time.strftime("%d %b %H:%M", time.localtime(time.time() + left))
+            lines.append(("time left", f"{files.duration(left)}, until {end}"))
     for member, folder in configs.runs(config, workdir):
         lines += _status_of_one(folder, f"seed {member.seed}", per_epoch)
     return "\n".join(f"{name:<12}{text}" for name, text in lines)
@@ -285,7 +143,7 @@ def status(workdir: Path) -> str:
 
 def _status_of_one(workdir: Path, label: str, per_epoch: int) -> list[tuple[str, str]]:
     lines = [(label, "")]
-    for row in read_rows(workdir / "metrics.jsonl")[-1:]:
+    for row in files.read_rows(workdir / "metrics.jsonl")[-1:]:
         validation = {n: row[n] for n in ("validation_elbo", "validation_iwae") if n in row}
         values = {"ELBO": row["elbo"]} | validation
         text = ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in values.items())
@@ -294,12 +152,12 @@ def _status_of_one(workdir: Path, label: str, per_epoch: int) -> list[tuple[str,
     if saved:
         text = ", ".join(f"{step / per_epoch:.4g}" for step in saved)
         lines.append(("", f"checkpoints at epochs {text}"))
-    if summary := read_json(workdir / "summary.json"):
+    if summary := files.read_json(workdir / "summary.json"):
         lines.append(("", f"training {summary['ended']} at step {summary['step']}"))
         if "test_elbo" in summary:
             text = f"test ELBO {summary['test_elbo']:.2f} ± {summary['test_elbo_se']:.2f}"
             lines.append(("", f"best at epoch {summary['best_epoch']}: {text}"))
-    num_rows = len(read_rows(workdir / "rows.jsonl"))
+    num_rows = len(files.read_rows(workdir / "rows.jsonl"))
     lines.append(("", f"{num_rows} datapoints evaluated"))
     tables = sorted(p.name for p in workdir.glob("table.*"))
     lines.append(("", f"reported: {', '.join(tables)}" if tables else "not reported"))
@@ -307,40 +165,50 @@ def _status_of_one(workdir: Path, label: str, per_epoch: int) -> list[tuple[str,
 
 
 def claim(
-    config: configs.Config, workdir: Path, data_identity: str, init_identity: str, **facts: Any
+    config: configs.Config,
+    workdir: Path,
+    data_identity: str,
+    init_identity: str,
+    *,
+    image_shape: tuple[int, int, int],
+    levels: int,
+    steps_per_epoch: int,
 ) -> None:
     """Makes `workdir` this run's own: writes config.json, or finds that it is this run's already.
 
-    `facts` go into config.json with the resolved config, package versions and the git revision.
+    Into config.json go the resolved config, its identity, package versions and the git revision,
+    and what of the data whoever reads it needs.
 
     Raises:
       UserError: another config's workdir, with the fields that differ; not writable. Nothing in it
         is changed then.
     """
-    here = configs.identified(config, data_identity, init_identity)
+    identified = configs.identified(config, data_identity, init_identity)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        there = read_json(workdir / "config.json")
-        if there is None:
-            for name in OURS:
-                if (workdir / name).exists():
-                    raise UserError(
-                        f"{workdir} has {name} and no config.json, so it is unknown which run it is"
-                        " of: give another --workdir."
-                    )
-        elif differing := configs.differences(there["identified"], here):
+        if (workdir / "config.json").exists():
+            before = read_run(workdir, needed=("identified",))["identified"]
+            if differing := configs.differences(before, identified):
+                raise UserError(
+                    f"{workdir} is another config's: {'; '.join(differing)}. "
+                    "Give another --workdir, or the config it was made with."
+                )
+        elif found := [name for name in TRACES if (workdir / name).exists()]:
             raise UserError(
-                f"{workdir} is another config's: {'; '.join(differing)}. "
-                "Give another --workdir, or the config it was made with."
+                f"{workdir} has {found[0]} and no config.json, so it is unknown which run it is of: "
+                "give another --workdir."
             )
-        facts |= {
+        facts = {
+            "image_shape": image_shape,
+            "levels": levels,
+            "steps_per_epoch": steps_per_epoch,
             "config": configs.to_json(config),
             "identity": configs.identity(config, data_identity, init_identity),
-            "identified": here,
+            "identified": identified,
             "versions": versions(),
             "git_revision": git_revision(),
         }
-        write_json(workdir / "config.json", facts)
+        files.write_json(workdir / "config.json", facts)
     except OSError as error:
         raise UserError(
             f"--workdir={workdir} cannot be written to ({error.strerror}): give another one."

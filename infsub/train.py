@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from infsub import config as configs
-from infsub import data, records
+from infsub import data, files, records
 from infsub.checkpoints import Checkpoints, load_variables
 from infsub.train_step import (
     MAX_EPOCHS,
@@ -80,15 +80,15 @@ class Member:
             "best_epoch": np.asarray(0),
             "best_value": np.asarray(-np.inf),
         }
-        self.ended = (records.read_json(workdir / "summary.json") or {}).get("ended", "")
+        self.ended = (files.read_json(workdir / "summary.json") or {}).get("ended", "")
         self._board: records.TensorBoard | None = None
 
     def resume(self, step: int) -> None:
         """Makes the records those of a run that is at `step`."""
         self.checkpoints.clean(step)
         metrics = self.workdir / "metrics.jsonl"
-        rows = records.read_rows(metrics)
-        records.rewrite_rows(metrics, [row for row in rows if row["step"] <= step])
+        rows = files.read_rows(metrics)
+        files.rewrite_rows(metrics, [row for row in rows if row["step"] <= step])
         self._board = records.TensorBoard(self.workdir / "tensorboard", step + 1 if step else None)
 
     def judge(self, epoch: int, step: int, value: float) -> bool:
@@ -115,7 +115,7 @@ class Member:
 
     def record(self, row: dict[str, Any], speed: float) -> None:
         """One epoch's row, to metrics.jsonl and TensorBoard."""
-        records.append_rows(self.workdir / "metrics.jsonl", [row])
+        files.append_rows(self.workdir / "metrics.jsonl", [row])
         if self._board is not None:
             self._board.scalars(row["step"], row | {"examples_per_second": speed})
 
@@ -123,20 +123,20 @@ class Member:
         """Grids of images [rows, columns, H, W, C] as <name>.png and in TensorBoard."""
         for name, grid in grids.items():
             image = records.picture(grid)
-            records.write_png(self.workdir / f"{name}.png", image)
+            files.write_png(self.workdir / f"{name}.png", image)
             if self._board is not None:
                 self._board.image(step, name, image)
 
     def write_csv(self) -> None:
         """metrics.csv from metrics.jsonl."""
-        rows = records.read_rows(self.workdir / "metrics.jsonl")
-        records.write_csv(self.workdir / "metrics.csv", rows)
+        rows = files.read_rows(self.workdir / "metrics.jsonl")
+        files.write_csv(self.workdir / "metrics.csv", rows)
 
     def end(self, summary: dict[str, Any]) -> None:
         """Writes summary.json, the mark of a run that is done, when all else is on disk."""
         self.checkpoints.wait()
         self.write_csv()
-        records.write_json(self.workdir / "summary.json", {"ended": self.ended} | summary)
+        files.write_json(self.workdir / "summary.json", {"ended": self.ended} | summary)
 
     def close(self) -> None:
         """Waits until all is on disk."""
@@ -160,7 +160,7 @@ def train(config: configs.Config, workdir: str | Path) -> None:
     """
     run = Run(configs.resolve(config), Path(workdir))
     if not run.active:
-        records.say(f"the training of {workdir} is done.")
+        files.say(f"the training of {workdir} is done.")
     else:
         try:
             run.restore()
@@ -253,7 +253,7 @@ class Run:
                 lanes = jax.tree.map(jnp.asarray, lanes)
                 self.best, self.step = lanes.pop("best"), step
                 self.states = TrainState(**lanes)
-                records.say(f"continuing from step {step} of {self.total}.")
+                files.say(f"continuing from step {step} of {self.total}.")
                 break
         self.keys, self.states, self.images = replicated(
             self.task, (self.keys, self.states, unpacked(self.dataset.train.images))
@@ -280,7 +280,7 @@ class Run:
 
     def loop(self) -> None:
         """Trains until all members have ended, or a signal comes."""
-        bar = records.Progress(self.total, "train", done=self.step)
+        bar = files.Progress(self.total, "train", done=self.step)
         chunk, saved = 8, time.monotonic()
         with StopRequests() as stop:
             self._end_members()

@@ -12,7 +12,7 @@ import pytest
 import tiny
 from jax.flatten_util import ravel_pytree
 
-from infsub import bounds, checkpoints, data, evaluate, grids, main, measure, records
+from infsub import bounds, checkpoints, data, evaluate, files, grids, main, measure, records
 from infsub import config as configs
 from infsub.datapoints import map_datapoints
 from infsub.keys import Stream, stream
@@ -66,7 +66,7 @@ def again(workdir, **fields):
 
 
 def test_rows(trained):
-    rows = records.read_rows(trained / "rows.jsonl")
+    rows = files.read_rows(trained / "rows.jsonl")
     assert len(rows) == 10
     assert [row["label"] for row in sorted(rows, key=lambda row: row["label"])] == list(range(10))
     for row in rows:
@@ -77,7 +77,7 @@ def test_rows(trained):
         assert 1 <= row["ais_ess"] <= 4
         assert 0 < row["ais_acceptance"] <= 1
         assert isinstance(row["local_gaussian_converged"], bool)
-    bounds = records.read_rows(trained / "bdmc.jsonl")
+    bounds = files.read_rows(trained / "bdmc.jsonl")
     assert [row["index"] for row in bounds] == list(range(6))
     for row in bounds:
         np.testing.assert_allclose(row["gap"], row["upper"] - row["lower"], atol=1e-4)
@@ -97,7 +97,7 @@ def test_a_killed_evaluation_ends_with_the_same_numbers(trained, workdir, kept):
         (workdir / name).write_bytes(whole[: int(kept * len(whole))])
     again(workdir)
     for name in ("rows.jsonl", "bdmc.jsonl"):
-        assert records.read_rows(workdir / name) == records.read_rows(trained / name)
+        assert files.read_rows(workdir / name) == files.read_rows(trained / name)
 
 
 @pytest.mark.slow
@@ -106,7 +106,7 @@ def test_points_of_the_model(trained, workdir):
     curve = {"local": {"curve": (0, 2)}}
     config = small(name="own", split="model", per_class=0, first=5, **curve)
     assert evaluate.evaluate(config, workdir) == []
-    rows = records.read_rows(workdir / "own" / "rows.jsonl")
+    rows = files.read_rows(workdir / "own" / "rows.jsonl")
     assert [row["index"] for row in rows] == list(range(5))
     for row in rows:
         assert row["label"] is None
@@ -122,8 +122,8 @@ def test_points_of_the_model(trained, workdir):
     np.testing.assert_array_equal(x, more[1])
 
     other = shutil.copytree(workdir / "own", workdir / "other")
-    facts = records.read_json(other / "evaluation.json")
-    records.write_json(other / "evaluation.json", facts | {"images": "of another decoder"})
+    facts = files.read_json(other / "evaluation.json")
+    files.write_json(other / "evaluation.json", facts | {"images": "of another decoder"})
     loaded = [load_run(str(workdir / name)).data for name in ("", "own", "other")]
     assert len(set(loaded)) == 3
 
@@ -181,20 +181,20 @@ def test_ais_starts_from_q_star_where_the_encoder_is_lost():
 @pytest.mark.slow
 def test_other_settings_do_not_mix(workdir):
     before = (workdir / "rows.jsonl").read_bytes()
-    with pytest.raises(UserError, match=r"iwae_samples is 50 there and 60 here.*evaluate\.name"):
+    with pytest.raises(UserError, match=r"iwae_samples was 50 and is 60.*evaluate\.name"):
         again(workdir, iwae_samples=60)
     assert (workdir / "rows.jsonl").read_bytes() == before
     again(workdir, iwae_samples=60, name="more")
     assert (workdir / "rows.jsonl").read_bytes() == before
-    more = records.read_rows(workdir / "more" / "rows.jsonl")
+    more = files.read_rows(workdir / "more" / "rows.jsonl")
     # the ELBO's key does not depend on what else is measured
-    rows = records.read_rows(workdir / "rows.jsonl")
+    rows = files.read_rows(workdir / "rows.jsonl")
     assert [row["elbo"] for row in more] == [row["elbo"] for row in rows]
     assert [row["iwae"] for row in more] != [row["iwae"] for row in rows]
 
 
 def test_quadrature_and_the_densities_of_the_first_points(trained):
-    rows = records.read_rows(trained / "rows.jsonl")
+    rows = files.read_rows(trained / "rows.jsonl")
     for row in rows:
         assert row["grid_error"] < 0.01
         for name in ("elbo", "local_gaussian"):
@@ -267,7 +267,7 @@ def test_choices_of_points(tmp_path):
 @pytest.mark.slow
 def test_non_finite_datapoints_are_named(workdir, monkeypatch, capsys):
     """A likelihood that is NaN where the first lit pixel lies low: those rows alone, by index."""
-    good = {row["index"]: row for row in records.read_rows(workdir / "rows.jsonl")}
+    good = {row["index"]: row for row in files.read_rows(workdir / "rows.jsonl")}
     images = data.load("mnist5k").train.images
     xs = np.asarray(data.batch(images, jnp.asarray(sorted(good))))
     lit = xs.sum(axis=(1, 2, 3))
@@ -290,7 +290,7 @@ def test_non_finite_datapoints_are_named(workdir, monkeypatch, capsys):
     with pytest.raises(records.Stopped, match=str(bad[0])) as stopped:
         main.run("evaluate", config, workdir)
     assert stopped.value.exit_code == 1
-    rows = {row["index"]: row for row in records.read_rows(workdir / "broken" / "rows.jsonl")}
+    rows = {row["index"]: row for row in files.read_rows(workdir / "broken" / "rows.jsonl")}
     assert [index for index in rows if rows[index]["ais"] is None] == bad
     for index in set(rows) - set(bad):
         for name in ("elbo", "iwae", "ais", "local_gaussian"):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from models import linear_gaussian
 
 from infsub import config as configs
-from infsub import gaps, records, report, rows
+from infsub import files, gaps, report, rows
 from infsub.gaps import Line
 from infsub.posteriors import FAMILIES
 from infsub.types import Estimate, Gaussian
@@ -193,7 +193,7 @@ def test_the_table_of_a_linear_gaussian_model_prints_its_kl_divergences(tmp_path
         **rows.build("ais", estimate(log_px)),
         **rows.build("iwae", estimate(log_px - 0.5)),
     }
-    records.append_rows(tmp_path / "rows.jsonl", rows.to_json(columns))
+    files.append_rows(tmp_path / "rows.jsonl", rows.to_json(columns))
     document = {"config": configs.to_json(configs.default())}
     (tmp_path / "config.json").write_text(json.dumps(document))
     report.experiment("", None, {"": tmp_path}, tmp_path)  # the table without a figure

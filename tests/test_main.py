@@ -190,5 +190,5 @@ def test_the_whole_way_and_again(command, tmp_path):
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     code, log = command(*arguments, "--config.seed=4")
     assert code == 2
-    assert "seed is 0 there and 4 here" in log
+    assert "seed was 0 and is 4" in log
     assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}

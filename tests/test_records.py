@@ -9,48 +9,16 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from infsub import config, records
+from infsub import config, files, records
 from infsub.types import UserError
 
-
-def test_rows_survive_a_torn_last_line_and_keep_no_nan(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    records.append_rows(path, [{"a": 1, "b": float("nan")}, {"a": 2, "b": 0.1}])
-    with path.open("a") as file:
-        file.write('{"a": 3, "b"')
-    assert records.read_rows(path) == [{"a": 1, "b": None}, {"a": 2, "b": 0.1}]
-    records.rewrite_rows(path, records.read_rows(path)[1:])
-    assert path.read_text() == '{"a": 2, "b": 0.1}\n'
-    assert records.read_rows(tmp_path / "none.jsonl") == []
-
-
-def test_rows_torn_before_the_end_are_not_passed_over(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"a": 1}\n{"a":\n{"a": 3}\n')
-    with pytest.raises(UserError, match=r"rows\.jsonl, line 2, is no JSON .*: mend it, or remove"):
-        records.read_rows(path)
-
-
-def test_files_are_replaced_whole(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-    reader = path.open()
-    records.write_bytes(path, b"new")
-    with reader:
-        assert reader.read() == "old"  # whoever reads the old file still does
-    assert path.read_text() == "new"
-    assert os.listdir(tmp_path) == ["file"]  # nothing left aside
-
-
-def test_csv_has_the_columns_of_all_rows(tmp_path):
-    records.write_csv(tmp_path / "m.csv", [{"epoch": 1, "elbo": -3.5}, {"epoch": 2, "iwae": -1.0}])
-    assert (tmp_path / "m.csv").read_text() == "epoch,elbo,iwae\n1,-3.5,\n2,,-1.0\n"
+DIGITS = {"image_shape": (28, 28, 1), "levels": 2, "steps_per_epoch": 40}
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_picture_puts_every_image_in_its_place(tmp_path, channels):
     images = np.random.default_rng(0).uniform(size=(2, 3, 4, 5, channels))
-    records.write_png(tmp_path / "p.png", records.picture(images))
+    files.write_png(tmp_path / "p.png", records.picture(images))
     pixels = np.asarray(Image.open(tmp_path / "p.png")) / 255
     assert pixels.shape == (2 * 5, 3 * 6, 3)
     for row in range(2):
@@ -90,30 +58,9 @@ def test_tensorboard_reads_images(tmp_path):
     assert (event.step, event.width, event.height) == (3, 6, 4)
 
 
-def test_progress_in_plain_lines(capsys, monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    progress = records.Progress(100, "train", done=20, seconds=10)
-    now[0] = 1000  # of compilation, which says nothing of the speed
-    for done in range(21, 101):
-        progress.update(done, "note")
-        now[0] += 1
-    progress.close()
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "train: 21/100 steps  note"
-    assert lines[1] == "train: 31/100 steps, 1 min 9 s left  note"
-    assert lines[-1] == "train: 100/100 steps  note"
-    assert len(lines) == 9
-
-
-def test_duration():
-    texts = [records.duration(s) for s in (3.4, 60, 200, 3600 * 5 + 700, float("nan"))]
-    assert texts == ["3 s", "1 min 0 s", "3 min 20 s", "5 h 11 min", "unknown time"]
-
-
 def test_claim_writes_down_what_the_run_is(tmp_path):
     made = config.resolve(config.default())
-    records.claim(made, tmp_path / "run", "digits", "", levels=2)
+    records.claim(made, tmp_path / "run", "digits", "", **DIGITS)
     run = records.read_run(tmp_path / "run")
     assert config.to_json(config.from_json(run["config"])) == config.to_json(made)
     assert run["identity"] == config.identity(made, "digits")
@@ -124,33 +71,33 @@ def test_claim_writes_down_what_the_run_is(tmp_path):
 
 def test_claim_asks_for_the_same_run_and_changes_nothing_else(tmp_path):
     made = config.resolve(config.default())
-    records.claim(made, tmp_path, "digits", "")
+    records.claim(made, tmp_path, "digits", "", **DIGITS)
     measured = made.copy_and_resolve_references()
     measured.evaluate.iwae_samples = 7  # no weight depends on it
-    records.claim(measured, tmp_path, "digits", "")
+    records.claim(measured, tmp_path, "digits", "", **DIGITS)
     assert records.read_run(tmp_path)["config"]["evaluate"]["iwae_samples"] == 7
 
     before = (tmp_path / "config.json").read_bytes()
     other = made.copy_and_resolve_references()
     other.train.learning_rate, other.model.encoder.hidden = 0.5, (7,)
     with pytest.raises(UserError) as error:
-        records.claim(other, tmp_path, "digits", "")
-    assert "model.encoder.hidden is [200, 200] there and [7] here; train.learn" in str(error.value)
-    with pytest.raises(UserError, match="data identity is 'digits' there and 'letters' here"):
-        records.claim(made, tmp_path, "letters", "")
+        records.claim(other, tmp_path, "digits", "", **DIGITS)
+    assert "model.encoder.hidden was [200, 200] and is [7]; train.learn" in str(error.value)
+    with pytest.raises(UserError, match="data identity was 'digits' and is 'letters'"):
+        records.claim(made, tmp_path, "letters", "", **DIGITS)
     with pytest.raises(UserError, match="initial weights"):
-        records.claim(made, tmp_path, "digits", "another run")
+        records.claim(made, tmp_path, "digits", "another run", **DIGITS)
     assert (tmp_path / "config.json").read_bytes() == before
 
 
 def test_claim_refuses_a_folder_of_results_without_a_config(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match=r"has metrics.jsonl and no config.json"):
-        records.claim(config.default(), tmp_path, "digits", "")
+        records.claim(config.default(), tmp_path, "digits", "", **DIGITS)
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written to"):
-        records.claim(config.default(), tmp_path / "file" / "run", "digits", "")
+        records.claim(config.default(), tmp_path / "file" / "run", "digits", "", **DIGITS)
 
 
 def test_identity_covers_the_whole_config():
@@ -179,3 +126,19 @@ def test_identity_covers_the_whole_config():
     assert config.identity(base, "d") != config.identity(base, "e")
     assert config.identity(base, "d") != config.identity(base, "d", "weights")
     assert json.loads(json.dumps(config.identified(base, "d"))) == config.identified(base, "d")
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"config": [1]}', '{"config": {}}'])
+def test_a_config_that_is_no_run_s_is_named(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"config\.json is no run's: it has no .*; give a run's"):
+        records.read_run(tmp_path)
+
+
+def test_status_knows_no_time_left_before_the_second_dispatch(tmp_path):
+    records.claim(config.resolve(config.default()), tmp_path, "digits", "", **DIGITS)
+    progress = files.Progress(4000, "train")
+    progress.update(40)
+    records.write_progress(tmp_path, progress, speed=100.0)
+    assert "epoch 1 of 100, 100 examples/s" in records.status(tmp_path)
+    assert "time left" not in records.status(tmp_path)

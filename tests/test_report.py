@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from infsub import config as configs
-from infsub import records
+from infsub import files
 from infsub import report as reports
 from infsub.report import __main__ as command
 from infsub.report import curves, figures, pictures, tables
@@ -547,7 +547,7 @@ def test_several_models_share_a_page():
 
 def test_posteriors_are_files_of_the_report(tmp_path, capsys):
     make_run(tmp_path)
-    records.write_npz(tmp_path / "posteriors.npz", densities())
+    files.write_npz(tmp_path / "posteriors.npz", densities())
     reports.report(str(tmp_path))
     assert ", posteriors.png, posteriors.pdf in" in capsys.readouterr().out
     image = Image.open(io.BytesIO((tmp_path / "posteriors.png").read_bytes()))
@@ -600,8 +600,8 @@ def rewrite(name, text):
         (rewrite("rows.jsonl", '{"index": 1}\n'), "line 1 must be a JSON object with index and"),
         (rewrite("rows.jsonl", '{"index": 1, "elbo": "low"}\n'), "elbo must be a number"),
         (rewrite("rows.jsonl", '{"index": 1, "elbo": null}\n'), "no datapoint whose bounds are"),
-        (rewrite("config.json", "{"), "config.json, the run's settings, cannot be read"),
-        (rewrite("config.json", "[]"), "config.json, the run's settings, cannot be read"),
+        (rewrite("config.json", "{"), "config.json cannot be read as JSON"),
+        (rewrite("config.json", "[]"), "config.json is no run's: it has no config"),
         (lambda folder: (folder / "config.json").unlink(), "config.json"),
     ],
 )

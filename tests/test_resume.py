@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from forks import Command, commands
 
-from infsub import checkpoints, records
+from infsub import checkpoints, files
 
 HERE = Path(__file__).parent
 FILES = ("metrics.jsonl", "metrics.csv", "summary.json", "samples.png", "reconstructions.png")
@@ -72,12 +72,12 @@ def test_killed_many_times_it_ends_bit_identical(
         elif kind == "writing":
             kill = {"seconds": moments.uniform(0, 0.02), "glob": writing}
         else:
-            lines = len(records.read_rows(metrics)) + 1
+            lines = len(files.read_rows(metrics)) + 1
             kill = {"seconds": moments.uniform(0, 0.2), "glob": str(metrics), "lines": lines}
         result = command(tmp_path, kill=kill | {"signal": signal.SIGKILL})
         num_killed += result["code"] == -signal.SIGKILL
         num_torn += bool(glob.glob(writing))
-        steps, rows = checkpoints.steps(tmp_path / "checkpoints"), records.read_rows(metrics)
+        steps, rows = checkpoints.steps(tmp_path / "checkpoints"), files.read_rows(metrics)
         num_ahead += bool(rows) and rows[-1]["step"] > max(steps, default=0)
     result = command(tmp_path)
     assert result["code"] == 0, result["log"]
@@ -122,7 +122,7 @@ def test_a_stop_request_saves_and_exits(
     assert "the same command continues" in result["log"]
     assert "Traceback" not in result["log"]
     (step,) = checkpoints.steps(tmp_path / "checkpoints")
-    progress = records.read_json(tmp_path / "progress.json")
+    progress = files.read_json(tmp_path / "progress.json")
     assert step == progress["done"]
     assert 0 < step < progress["total"]
     result = command(tmp_path, *arguments)
@@ -171,10 +171,10 @@ def test_a_finished_run_is_left_alone(command: Command, whole: Path) -> None:
 def test_load_variables_finds_what_was_kept(whole: Path) -> None:
     last, last_step = checkpoints.load_variables(whole, "last")
     best, best_step = checkpoints.load_variables(whole)
-    summary = records.read_json(whole / "summary.json")
+    summary = files.read_json(whole / "summary.json")
     assert last_step == summary["step"]
     assert best_step == summary["best_step"]
-    rows = records.read_rows(whole / "metrics.jsonl")
+    rows = files.read_rows(whole / "metrics.jsonl")
     assert summary["best_value"] == max(row["validation_elbo"] for row in rows)
     kernels = [v["encoder"]["params"]["Dense_0"]["kernel"] for v in (last, best)]
     assert np.array_equal(*kernels) == (best_step == last_step)

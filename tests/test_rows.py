@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infsub import posteriors, records, rows
+from infsub import files, posteriors, rows
 from infsub.types import Estimate
 
 MEASURED = [quantity for quantity in rows.QUANTITIES if quantity.fields]
@@ -62,8 +62,8 @@ def test_what_is_built_comes_back_through_json(tmp_path_factory, given_names, in
         fields = {field: values for field, values in columns.items() if field}
         built |= rows.build(name, columns[""], **fields)
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    records.append_rows(path, rows.to_json(built))
-    got = rows.parse(records.read_rows(path), *(q for q, n, *_ in given_names if n == q.name))
+    files.append_rows(path, rows.to_json(built))
+    got = rows.parse(files.read_rows(path), *(q for q, n, *_ in given_names if n == q.name))
     order = np.argsort(indices)
     assert got.indices.tolist() == sorted(indices)
     assert got.columns.keys() == given_columns.keys()

@@ -14,7 +14,7 @@ import optax
 import pytest
 import tiny
 
-from infsub import checkpoints, config, data, records, train_step
+from infsub import checkpoints, config, data, files, records, train_step
 from infsub.train import train
 from infsub.types import UserError
 from infsub.vae import Terms, make_vae
@@ -244,7 +244,7 @@ def test_a_run_that_diverges_stops_and_says_so(tmp_path):
         with pytest.raises(records.Stopped, match=r"more than config.train.max_skipped=3") as stop:
             train(diverging, tmp_path)
         assert stop.value.exit_code == 1
-    summary = records.read_json(tmp_path / "summary.json")
+    summary = files.read_json(tmp_path / "summary.json")
     assert summary["ended"] == "diverged"
     assert summary["skipped"] > 3
 
@@ -256,11 +256,11 @@ def test_early_stopping_waits_for_annealing_and_patience(source, tmp_path):
     train(stopping, tmp_path)
     before, after = (checkpoints.load_variables(w)[0] for w in (source, tmp_path))
     assert leaves(before) == leaves(after)  # it started with all the weights there
-    summary = records.read_json(tmp_path / "summary.json")
+    summary = files.read_json(tmp_path / "summary.json")
     assert summary["ended"] == "stopped early"
     assert summary["best_epoch"] == 1
     assert summary["step"] == 5 * 16
-    assert len(records.read_rows(tmp_path / "metrics.jsonl")) == 5
+    assert len(files.read_rows(tmp_path / "metrics.jsonl")) == 5
 
 
 def test_best_checkpoint_is_that_of_the_best_validation_epoch(tmp_path):
@@ -272,7 +272,7 @@ def test_best_checkpoint_is_that_of_the_best_validation_epoch(tmp_path):
         rough.seed += 1
         tmp_path = folder / str(rough.seed)
         train(rough, tmp_path)
-        values = [row["validation_iwae"] for row in records.read_rows(tmp_path / "metrics.jsonl")]
+        values = [row["validation_iwae"] for row in files.read_rows(tmp_path / "metrics.jsonl")]
         best = int(np.argmax(values)) + 1
     assert best < 6, "the test needs a run whose last epoch is not its best"
     found, step = checkpoints.load_variables(tmp_path)
@@ -342,9 +342,7 @@ def test_frozen_batch_norm_keeps_its_statistics(digits):
 def test_weights_that_do_not_fit_say_which_fields_differ(source, tmp_path):
     warm = tiny_config()
     warm.init_from, warm.model.decoder.hidden = str(source), (9,)
-    expected = (
-        r"the decoder of config.init_from.* model.decoder.hidden is \[8\] there and \[9\] here"
-    )
+    expected = r"the decoder of config.init_from.* model.decoder.hidden was \[8\] and is \[9\]"
     with pytest.raises(UserError, match=expected):
         train(warm, tmp_path)
 
@@ -353,7 +351,7 @@ def test_another_config_s_workdir_is_refused_and_untouched(source, tmp_path):
     shutil.copytree(source, tmp_path, dirs_exist_ok=True)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     other = tiny_config(learning_rate=2e-3)
-    with pytest.raises(UserError, match=r"train.learning_rate is 0.001 there and 0.002 here"):
+    with pytest.raises(UserError, match=r"train.learning_rate was 0.001 and is 0.002"):
         train(other, tmp_path)
     other = tiny_config()
     other.data.binarisation = "dynamic"
@@ -364,9 +362,9 @@ def test_another_config_s_workdir_is_refused_and_untouched(source, tmp_path):
 
 def test_seeds_together_are_the_runs_of_their_own(source, tmp_path):
     train(tiny_config(num_seeds=2), tmp_path)
-    alone = records.read_rows(source / "metrics.jsonl")
-    together = records.read_rows(tmp_path / "seed_0" / "metrics.jsonl")
-    other = records.read_rows(tmp_path / "seed_1" / "metrics.jsonl")
+    alone = files.read_rows(source / "metrics.jsonl")
+    together = files.read_rows(tmp_path / "seed_0" / "metrics.jsonl")
+    other = files.read_rows(tmp_path / "seed_1" / "metrics.jsonl")
     assert len(alone) == len(together) == len(other) == 3
     for a, b, c in zip(alone, together, other, strict=True):
         assert a.keys() == b.keys() == c.keys()

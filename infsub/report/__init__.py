@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from infsub import records
+from infsub import files, records
 from infsub.report import tables
 from infsub.report.runs import LoadedRun, load_run
 from infsub.rows import INFERENCE
@@ -89,9 +89,9 @@ def _write(
     page += [*table, "", *tables.footer(runs), ""]
     try:
         out.mkdir(parents=True, exist_ok=True)
-        records.write_bytes(out / "table.md", "\n".join(page).encode())
-        records.write_csv(out / "table.csv", tables.csv_rows(runs))
-        records.write_bytes(out / "table.tex", tables.latex(runs).encode())
+        files.write_bytes(out / "table.md", "\n".join(page).encode())
+        files.write_csv(out / "table.csv", tables.csv_rows(runs))
+        files.write_bytes(out / "table.tex", tables.latex(runs).encode())
         if not figures:
             return
         drawn = [_draw(runs, out, dict(figure), folders) for figure in figures]

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from infsub import records
+from infsub import files
 from infsub.report.runs import LoadedRun
 from infsub.rows import AMORTIZATION, APPROXIMATION, ELBO, INFERENCE, LOCAL, LOG_PX, label
 
@@ -84,10 +84,10 @@ def gap_figure(runs: Sequence[LoadedRun]) -> Figure:
 
 def write(figure: Figure, path: Path) -> str:
     """Writes a figure as path.png and path.pdf; the files' names."""
-    files = [Path(f"{path}.{suffix}") for suffix in ("png", "pdf")]
-    for file in files:
-        records.write_bytes(file, encode(figure, file.suffix[1:]))
-    return ", ".join(file.name for file in files)
+    paths = [Path(f"{path}.{suffix}") for suffix in ("png", "pdf")]
+    for file in paths:
+        files.write_bytes(file, encode(figure, file.suffix[1:]))
+    return ", ".join(file.name for file in paths)
 
 
 def encode(figure: Figure, suffix: str) -> bytes:

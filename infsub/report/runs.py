@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from infsub import gaps, records, rows
+from infsub import files, gaps, records, rows
 from infsub.config import flatten
 from infsub.types import UserError
 
@@ -48,7 +48,7 @@ def load_run(workdir: str, name: str = "") -> LoadedRun:
     """
     folder = Path(workdir)
     measured = _read_rows(folder / "rows.jsonl", rows.ELBO)
-    document = _read_run(folder)
+    document = records.read_run(folder, needed=("config",))
     config = document["config"]
     own = config.get("model", {}).get("posterior", {}).get("name", "gaussian")
     thresholds = {k: v for k, v in config.get("report", {}).items() if k in _THRESHOLDS}
@@ -65,7 +65,7 @@ def load_run(workdir: str, name: str = "") -> LoadedRun:
     lines = found.lines
     if certificate.line is not None:
         lines = lines | {rows.CERTIFICATE.name: certificate.line}
-    evaluation = records.read_json(folder / "evaluation.json") or {}
+    evaluation = files.read_json(folder / "evaluation.json") or {}
     identity = document.get("identified", {}).get("data identity", config.get("data"))
     return LoadedRun(
         name=name or folder.resolve().name,
@@ -89,7 +89,7 @@ def line_names(runs: Sequence[LoadedRun]) -> list[str]:
 def _read_rows(path: Path, *required: rows.Quantity) -> rows.Rows:
     """The rows of a JSON-lines file, all of them but a last one torn by a kill."""
     try:
-        found = records.read_rows(path)
+        found = files.read_rows(path)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}).") from error
     if not found:
@@ -98,14 +98,3 @@ def _read_rows(path: Path, *required: rows.Quantity) -> rows.Rows:
         return rows.parse(found, *required)
     except ValueError as error:
         raise UserError(f"{path}: {error}.") from error
-
-
-def _read_run(folder: Path) -> dict[str, Any]:
-    try:
-        run = records.read_run(folder)
-        return {**run, "config": dict(run["config"])}
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{folder / 'config.json'}, the run's settings, cannot be read ({error!r}); "
-            "give the workdir of a run."
-        ) from error

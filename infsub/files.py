@@ -1,0 +1,171 @@
+"""Files that are whole or not there, JSON and rows of it, and what a person sees of the progress.
+
+Every file is written aside and renamed, or appended to line by line.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from infsub.types import UserError
+
+
+def say(text: str) -> None:
+    """One plain line on stderr, where progress goes; stdout is for results."""
+    print(f"infsub: {text}", file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """A time a person reads: 42 s, 3 min 20 s, 5 h 12 min."""
+    if not np.isfinite(seconds):
+        return "unknown time"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+class Progress:
+    """A bar with the time left on a terminal; a plain line now and then elsewhere. On stderr.
+
+    Args:
+      total: units of work.
+      label: what is being done.
+      done: units done in an earlier session.
+      unit: what is counted.
+      seconds: least time between two plain lines.
+    """
+
+    def __init__(
+        self, total: int, label: str, done: int = 0, unit: str = "step", seconds: float = 10.0
+    ) -> None:
+        self.total, self.done, self.seconds_left = total, done, float("nan")
+        self._label, self._unit, self._seconds = label, unit, seconds
+        self._since: tuple[int, float] | None = None  # the first update: before, jax compiles
+        self._last_line = time.monotonic()
+        self._bar = (
+            tqdm(total=total, initial=done, desc=label, unit=unit, dynamic_ncols=True)
+            if sys.stderr.isatty()
+            else None
+        )
+
+    def update(self, done: int, note: str = "") -> None:
+        """Shows that `done` units of work are done in all; `note` is put beside."""
+        now, self.done = time.monotonic(), done
+        first, start = self._since = self._since or (done, now)
+        if done > first:
+            self.seconds_left = (now - start) / (done - first) * (self.total - done)
+        if self._bar is not None:
+            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(done - self._bar.n)
+        elif now - self._last_line >= self._seconds or done == self.total:
+            self._last_line = now
+            known = done < self.total and np.isfinite(self.seconds_left)
+            left = f", {duration(self.seconds_left)} left" if known else ""
+            line = f"{self._label}: {done}/{self.total} {self._unit}s{left}"
+            print(f"{line}  {note}".rstrip(), file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leaves the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file so that a reader sees the old one or the new one, whole."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_bytes(content)
+    os.replace(aside, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as an indented JSON file."""
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file, or None when there is no such file.
+
+    Raises:
+      UserError: it is there, and is no JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}): mend or remove it.") from error
+
+
+def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Appends one line of JSON for each row; NaN and infinities become null."""
+    lines = "".join(json.dumps(finite(row)) + "\n" for row in rows)
+    with path.open("a") as file:
+        file.write(lines)
+
+
+def rewrite_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Replaces a JSON-lines file by these rows."""
+    write_bytes(path, "".join(json.dumps(finite(row)) + "\n" for row in rows).encode())
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file; a last line torn by a kill is left out.
+
+    Raises:
+      UserError: another line is no JSON.
+    """
+    if not path.exists():
+        return []
+    rows, lines = [], path.read_text(errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise UserError(
+                    f"{path}, line {number}, is no JSON ({error}): mend it, or remove the file."
+                ) from error
+    return rows
+
+
+def finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row as JSON can hold it: NaN and infinities become None, null in the file."""
+    return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in row.items()}
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """The rows as CSV; the columns are all fields, in order of appearance."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_bytes(path, text.getvalue().encode())
+
+
+def write_npz(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Arrays by name as a compressed npz file; of numbers and strings, so no reader needs pickle."""
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)
+    write_bytes(path, content.getvalue())
+
+
+def write_png(path: Path, image: np.ndarray) -> None:
+    """uint8 [Y, X, 3] as a PNG file."""
+    from PIL import Image
+
+    png = io.BytesIO()
+    Image.fromarray(image).save(png, "png")
+    write_bytes(path, png.getvalue())
