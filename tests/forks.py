@@ -32,7 +32,7 @@ def commands(folder: Path, compilations: Path) -> Iterator[Command]:
         "JAX_COMPILATION_CACHE_DIR": str(compilations),
         "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_COMPILATION_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "OPENBLAS_NUM_THREADS": "1",  # no threads before the fork
     }
     server = subprocess.Popen(

@@ -15,8 +15,6 @@ import infsub
 from infsub import schedules
 from infsub.types import Gaussian, Target
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def wrong(q, shift=0.2, width=1.15):
     offset = q.scale if q.scale.ndim == 1 else jnp.sum(q.scale, axis=1)  # of noise [1, …, 1]

@@ -12,8 +12,6 @@ from models import linear_gaussian
 import infsub
 from infsub.types import Gaussian, Target
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def simulated(model, key):
     z, x = model.simulate(key)

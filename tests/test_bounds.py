@@ -15,8 +15,6 @@ import infsub
 from infsub import bounds
 from infsub.types import Gaussian, Target
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 MODEL = linear_gaussian(10, 20)
 
 

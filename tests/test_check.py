@@ -16,8 +16,6 @@ import infsub
 from infsub import densities, mistakes
 from infsub.types import Gaussian, Model
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # Two models whose encoders are exact: a linear Gaussian one with orthogonal columns, so that its
 # posteriors factorise, and a nonlinear Bernoulli decoder of two latent dimensions, by quadrature.
 

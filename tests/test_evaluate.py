@@ -21,8 +21,6 @@ from infsub.train import train
 from infsub.types import Target, UserError
 from infsub.vae import make_vae
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def small(**fields):
     config = tiny.get_config()

@@ -14,8 +14,6 @@ import infsub
 from infsub import densities, grids
 from infsub.types import Gaussian, Target
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 G = 64
 
 

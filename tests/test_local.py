@@ -334,6 +334,7 @@ def gaussian_digits(shared_dir):
 
 
 @pytest.mark.slow
+@pytest.mark.computing
 def test_gaussian_on_the_published_model(gaussian_digits):
     """L[q*_FFG] of the 100 digits: −88.43 … −88.47 in the reproduction's own files."""
     found = gaussian_digits
@@ -343,6 +344,7 @@ def test_gaussian_on_the_published_model(gaussian_digits):
 
 
 @pytest.mark.slow
+@pytest.mark.computing
 def test_auxiliary_flow_on_the_published_model(shared_dir, gaussian_digits):
     """q_AF closes most of FFG's approximation gap, and stays below the IWAE."""
     digits = slice(None, None, 50)

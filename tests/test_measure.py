@@ -23,8 +23,6 @@ SETTINGS = measure.Settings(
     max_steps=1000,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def amortised(x):
     best = MODEL.best_gaussian(x)

@@ -11,6 +11,8 @@ from models import load_oracle, oracle_decode, oracle_encoder, oracle_target
 
 import infsub
 
+pytestmark = pytest.mark.computing
+
 
 @pytest.fixture(scope="module")
 def oracle(shared_dir):

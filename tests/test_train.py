@@ -22,9 +22,6 @@ from infsub.vae import Terms, make_vae
 KEY = jax.random.key(0)
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 def tiny_config(**train_fields):
     made = tiny.get_config()
     made.train.update({"num_epochs": 3, "checkpoint_seconds": 1000.0} | train_fields)
@@ -378,7 +375,6 @@ def test_seeds_together_are_the_runs_of_their_own(source, tmp_path):
 
 TWO_DEVICES = """
 import jax, numpy as np, tiny
-jax.config.update("jax_disable_most_optimizations", True)
 from infsub import data, train_step as steps, vae
 config, digits = tiny.get_config(), data.load("mnist5k")
 task = steps.make_task(vae.make_vae(config.model, (28, 28, 1), 2), config.train, 4000)
@@ -398,7 +394,8 @@ jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-4)
 
 @pytest.mark.slow
 def test_devices_share_each_batch_and_reach_the_same_numbers():
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    devices = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+    flags = {"XLA_FLAGS": devices, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     folder = os.path.dirname(tiny.__file__)
     result = subprocess.run(
         [sys.executable, "-c", TWO_DEVICES],

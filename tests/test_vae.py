@@ -18,13 +18,6 @@ SHAPE = (4, 3, 1)
 CONV_SHAPE = (12, 12, 1)
 
 
-@pytest.fixture(autouse=True)
-def _quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def model(posterior="gaussian", latent_dim=3, **options):
     made = config.default().model.unlock()
     made.latent_dim = latent_dim
