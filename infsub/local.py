@@ -29,17 +29,17 @@ from infsub.types import (
 )
 
 _CHUNK_SIZE = 500  # of the final samples
-_NUM_JUDGED = (
-    1000  # samples that compare two windows; with them q* ends 0.003 nats below the optimum
-)
 _ADAM = optax.scale_by_adam()
+# Length of the longest natural direction, √(2 KL): far from the posterior a gradient says where it
+# lies, not how far.
+_RADIUS = 5.0
 
 
 class Rule(NamedTuple):
     """How to optimise, and when to stop.
 
     Attributes:
-      learning_rate: of Adam (0.9, 0.999).
+      learning_rate: of Adam (0.9, 0.999), or of natural steps, where 1 is Newton's.
       num_samples: Monte Carlo samples a step, which share the datapoint's parameters.
       window: steps between two looks at the progress.
       patience: windows in a row without improvement after which it has converged.
@@ -48,9 +48,12 @@ class Rule(NamedTuple):
       sticking_the_landing: whether to drop the gradient's score term, whose mean is 0 and whose
         noise is not (Roeder et al. 2017).
       paired: whether to judge a window by the mean of its parameters, on the samples that judged
-        the best so far, and to ask that the gain exceed its standard error. Otherwise a window is
+        the best so far; only a gain beyond its standard error is an improvement. Otherwise it is
         judged by the mean of its steps' ELBO estimates, which must be higher, and leaves its last
         parameters.
+      num_judged: samples that judge where paired.
+      antithetic: whether the samples that fit and judge are pairs of noise and its opposite.
+      natural: whether to step along the posterior's natural gradient in place of Adam.
     """
 
     learning_rate: float
@@ -61,6 +64,9 @@ class Rule(NamedTuple):
     decay: float
     sticking_the_landing: bool
     paired: bool
+    num_judged: int = 1000
+    antithetic: bool = False
+    natural: bool = False
 
 
 RULES = {
@@ -68,6 +74,10 @@ RULES = {
     # Cremer et al. 2018, and their code.
     "authors": Rule(1e-3, 100, 100, 10, 100_000, 1.0, sticking_the_landing=False, paired=False),
 }
+# "fast" for a posterior that knows its natural gradient: 150 steps where Adam takes 650.
+_NATURAL = RULES["fast"]._replace(
+    learning_rate=0.1, window=50, patience=1, num_judged=400, antithetic=True, natural=True
+)
 
 
 class LocalResult(NamedTuple):
@@ -106,8 +116,9 @@ def optimize_local(
       posterior: the family Q; all of its params, "encoded" and "shared", are fitted.
       params: where to start, such as `posteriors.with_gaussian(posterior.init(key), encoder(x))`;
         None starts at `posterior.init`, a standard normal.
-      rule: "fast", "authors" (Adam 1e-3, 100 samples, stop after 10 windows of 100 steps without
-        improvement), or a Rule.
+      rule: "fast" (natural steps for a posterior that knows its natural gradient, else Adam),
+        "authors" (Adam 1e-3, 100 samples, stop after 10 windows of 100 steps without improvement),
+        or a Rule.
       num_final_samples: K of the returned bounds.
       **changes: fields of the rule to replace, e.g. max_steps=5000.
 
@@ -115,10 +126,12 @@ def optimize_local(
       LocalResult: the best parameters, their ELBO and IWAE in nats, and whether it converged.
 
     Raises:
-      ValueError: an unknown rule, a size below 1, a posterior without the sticking-the-landing
-        gradient under a rule that wants it, or params that are not this posterior's.
+      ValueError: an unknown rule, a size below 1, a posterior without the sticking-the-landing or
+        natural gradient under a rule that wants it, or params that are not this posterior's.
       TypeError: an unknown field of the rule, or a density that returns no scalar.
     """
+    if rule == "fast" and posterior.natural is not None:
+        rule = _NATURAL
     rule = _checked_rule(rule, changes)
     key, key_init = jax.random.split(key)
     posterior, params = _checked_start(key_init, posterior, params, rule)
@@ -176,28 +189,47 @@ def _checked_start(
     key: Key, posterior: Posterior, params: Params | None, rule: Rule
 ) -> tuple[Posterior, Params]:
     """The posterior as a pytree and where it starts, both fit for the rule."""
-    posterior = Posterior(as_partial(posterior.init), as_partial(posterior.sample))
+    natural = posterior.natural and as_partial(posterior.natural)
+    posterior = Posterior(as_partial(posterior.init), as_partial(posterior.sample), natural)
     if params is None:
         params = posterior.init(key)
     expected = jax.tree.map(jnp.shape, jax.eval_shape(posterior.init, key))
     found = jax.tree.map(jnp.shape, params)
     if found != expected:
         raise ValueError(f"params must have the posterior's shapes, {expected}; got {found}")
-    if rule.sticking_the_landing:
+    if rule.natural and posterior.natural is None:
+        raise ValueError(
+            "natural steps need posterior.natural(params, gradient), which this posterior has not: "
+            "it takes a rule of natural=False"
+        )
+    for field, (name, sample) in _NEEDED.items():
+        if not getattr(rule, field):
+            continue
         try:
-            jax.eval_shape(_sample_sticking, posterior.sample, key, params)  # cached by jax
+            jax.eval_shape(sample, posterior.sample, key, params)  # cached by jax
         except TypeError as error:
-            if "unexpected keyword argument 'sticking'" not in str(error):
+            if f"unexpected keyword argument '{name}'" not in str(error):
                 raise
             raise ValueError(
-                "sticking_the_landing needs posterior.sample(key, params, sticking=True), which "
-                "this posterior has not: it takes a rule of sticking_the_landing=False"
+                f"{field} needs a posterior.sample(key, params, {name}=…), which this posterior "
+                f"has not: it takes a rule of {field}=False"
             ) from error
     return posterior, params
 
 
 def _sample_sticking(sample: Sample, key: Key, params: Params) -> tuple[Array, Array]:
     return sample(key, params, sticking=True)
+
+
+def _sample_turned(sample: Sample, key: Key, params: Params) -> tuple[Array, Array]:
+    return sample(key, params, sign=-1)
+
+
+# The argument of `sample` that a field of the rule needs, and a look whether it is there.
+_NEEDED = {
+    "sticking_the_landing": ("sticking", _sample_sticking),
+    "antithetic": ("sign", _sample_turned),
+}
 
 
 def _checked_rule(rule: str | Rule, changes: dict[str, Any]) -> Rule:
@@ -209,11 +241,32 @@ def _checked_rule(rule: str | Rule, changes: dict[str, Any]) -> Rule:
         fields = ", ".join(Rule._fields)
         raise TypeError(f"a rule has the fields {fields}; got {', '.join(sorted(unknown))}")
     rule = rule._replace(**changes)
-    for name in ("num_samples", "window", "patience", "max_steps"):
+    for name in ("num_samples", "window", "patience", "max_steps", "num_judged"):
         positive_int(name, getattr(rule, name))
+    if rule.antithetic and (rule.num_samples % 2 or rule.num_judged % 2):
+        raise ValueError(
+            f"antithetic samples come in pairs: num_samples and num_judged; got {rule}"
+        )
     if not rule.learning_rate > 0 or not 0 < rule.decay <= 1:
         raise ValueError(f"learning_rate must be positive and decay in (0, 1]; got {rule}")
     return rule
+
+
+def _log_weights(
+    key: Key, target: Target, sample: Any, params: Params, num_samples: int, rule: Rule
+) -> Array:
+    """log p(x, z) − log q(z) of independent draws [K], or means over antithetic pairs [K / 2]."""
+
+    def log_weight(key: Key, **sign: Array) -> Array:
+        return bounds.log_weight(key, target, lambda key: sample(key, params, **sign))
+
+    if not rule.antithetic:
+        return jax.vmap(log_weight)(jax.random.split(key, num_samples))
+
+    def pair(key: Key) -> Array:
+        return jnp.mean(jax.vmap(lambda sign: log_weight(key, sign=sign))(jnp.asarray([1, -1])))
+
+    return jax.vmap(pair)(jax.random.split(key, num_samples // 2))
 
 
 def _step(
@@ -225,30 +278,36 @@ def _step(
     fitted: Any,
     number: Array,
 ) -> tuple[Any, Array]:
-    """Step `number` of Adam on (params, moments), and its ELBO; not finite, it changes nothing.
+    """Step `number` on (params, moments), and its ELBO; not finite, it changes nothing.
 
     `rates` is one learning rate, or one for each subtree of the params.
     """
     params, moments = fitted
-    draw = posterior.sample
-    if rule.sticking_the_landing:
-        draw = partial(_sample_sticking, posterior.sample)
+    sticking = {"sticking": True} if rule.sticking_the_landing else {}
 
     def elbo(params: Params) -> Array:
-        keys = jax.random.split(jax.random.fold_in(key, number), rule.num_samples)
-
-        def q(key: Key) -> tuple[Array, Array]:
-            return draw(key, params)
-
-        return jnp.mean(jax.vmap(lambda key: bounds.log_weight(key, target, q))(keys))
+        key_step = jax.random.fold_in(key, number)
+        sample = partial(posterior.sample, **sticking)
+        return jnp.mean(_log_weights(key_step, target, sample, params, rule.num_samples, rule))
 
     value, gradient = jax.value_and_grad(elbo)(params)
-    direction, new_moments = _ADAM.update(gradient, moments)
+    direction, new_moments = _direction(posterior, rule, gradient, moments, params)
     add = optax.tree.add_scale
     new_params = jax.tree.map(lambda r, p, d: add(p, r, d), rates, params, direction)
     finite = jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(gradient))
     fitted = _where(finite, (new_params, new_moments), (params, moments))
     return fitted, jnp.where(finite, value, jnp.nan)
+
+
+def _direction(
+    posterior: Posterior, rule: Rule, gradient: Params, moments: Any, params: Params
+) -> tuple[Params, Any]:
+    """Where to go, for a learning rate of 1, and Adam's new moments."""
+    if not rule.natural or posterior.natural is None:
+        return _ADAM.update(gradient, moments)
+    direction = posterior.natural(params, gradient)
+    length = jnp.sqrt(jnp.maximum(optax.tree.vdot(gradient, direction), 0))
+    return optax.tree.scale(jnp.minimum(1, _RADIUS / length), direction), moments
 
 
 @partial(jax.jit, static_argnames=("rule", "num_samples"))
@@ -305,8 +364,8 @@ def _optimize(
 
     def judge(params: Params) -> Array:
         # A clone tells jax_debug_key_reuse that the same noise each time is meant.
-        keys = jax.random.split(jax.random.clone(key_judge), _NUM_JUDGED)
-        return jax.vmap(lambda key: log_weight(key, params))(keys)
+        key, sample = jax.random.clone(key_judge), posterior.sample
+        return _log_weights(key, target, sample, params, rule.num_judged, rule)
 
     def run_window(state: _State) -> _State:
         carry = (state.params, state.moments, jax.tree.map(jnp.zeros_like, state.params))
@@ -317,15 +376,15 @@ def _optimize(
             values = judge(candidate)
         else:
             candidate, values = params, jnp.nanmean(values)
-        better = _better(values, state.best_values)
+        better, progress = _compare(values, state.best_values)
         best = _where(better, (candidate, values), (state.best, state.best_values))
         return _State(
             params,
             moments,
             *best,
-            rate=jnp.where(better, state.rate, rule.decay * state.rate),
+            rate=jnp.where(progress, state.rate, rule.decay * state.rate),
             num_steps=state.num_steps + rule.window,
-            num_stalled=jnp.where(better, 0, state.num_stalled + 1),
+            num_stalled=jnp.where(progress, 0, state.num_stalled + 1),
         )
 
     def unfinished(state: _State) -> Any:
@@ -338,7 +397,7 @@ def _optimize(
     end = jax.lax.while_loop(unfinished, run_window, start)
     best = end.best
     if not rule.paired:  # an unpaired rule has not looked at the start
-        best = _where(_better(judge(best), judge(params)), best, params)
+        best = _where(_compare(judge(best), judge(params))[1], best, params)
     final_keys = jax.random.split(key_final, num_final_samples)
     chunk = min(_CHUNK_SIZE, num_final_samples)
     log_weights = jax.lax.map(lambda key: log_weight(key, best), final_keys, batch_size=chunk)
@@ -354,11 +413,15 @@ def _optimize(
     )
 
 
-def _better(values: Array, best_values: Array) -> Array:
-    """Whether the mean gain exceeds its standard error; anything finite is better than nothing."""
+def _compare(values: Array, best_values: Array) -> tuple[Array, Array]:
+    """Whether the mean is higher, and whether by more than its standard error.
+
+    Anything finite is better than nothing.
+    """
     gains = values - best_values
-    better = jnp.mean(gains) > jnp.std(gains) / jnp.sqrt(gains.size)
-    return jnp.where(_has_mean(best_values), better, _has_mean(values))
+    gain, error = jnp.mean(gains), jnp.std(gains) / jnp.sqrt(gains.size)
+    known, finite = _has_mean(best_values), _has_mean(values)
+    return jnp.where(known, gain > 0, finite), jnp.where(known, gain > error, finite)
 
 
 def _has_mean(values: Array) -> Array:

@@ -9,7 +9,8 @@ local use they are a free vector.
 With sticking=True a `sample` returns the same numbers, but log_q carries the gradient through z
 alone and none of the density's own parameters ("sticking the landing", Roeder et al. 2017, arXiv
 1703.09194). The ELBO's gradient is the same in expectation, and has no noise left where q is the
-posterior.
+posterior. With sign=−1 it turns its noise about: the mean over this antithetic pair has no noise of
+odd order.
 
 `FAMILIES`, at the end, is all that the rest of infsub knows of a family.
 """
@@ -90,9 +91,27 @@ def gaussian_of(params: Params) -> Gaussian:
 
 
 def with_gaussian(params: Params, q: Gaussian) -> Params:
-    """`params` with `q`, such as the encoder's, as the base Gaussian: a start for any family."""
-    encoded = params["encoded"] | {"mean": q.mean, "log_scale": jnp.log(q.scale)}
-    return params | {"encoded": encoded}
+    """`params` with `q`, such as the encoder's, as the base Gaussian: a start for any family.
+
+    `full_gaussian` takes q's Cholesky factor; of a dense q the others take its `factorised`.
+    """
+    encoded = params["encoded"]
+    if "lower" in encoded:
+        cholesky = q.scale if jnp.ndim(q.scale) == 2 else jnp.diag(q.scale)
+        q = Gaussian(q.mean, jnp.diagonal(cholesky))
+        below = _below(q.mean.size)
+        encoded = encoded | {"lower": (cholesky / q.scale[:, None])[below]}
+    q = factorised(q)
+    return params | {"encoded": encoded | {"mean": q.mean, "log_scale": jnp.log(q.scale)}}
+
+
+def factorised(q: Gaussian) -> Gaussian:
+    """The factorised Gaussian closest to q in KL(·‖q): its mean, and variances 1 / diag(precision)."""
+    if jnp.ndim(q.scale) < 2:
+        return q
+    identity = jnp.eye(q.mean.size, dtype=q.scale.dtype)
+    inverse = jax.scipy.linalg.solve_triangular(q.scale, identity, lower=True)
+    return Gaussian(q.mean, 1 / jnp.sqrt(jnp.sum(inverse**2, axis=0)))
 
 
 def moment_matched(
@@ -153,6 +172,20 @@ def _context(params: Params) -> Array:
     return encoded.get("context", encoded["mean"][:0])
 
 
+def _below(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where the entries of "lower" lie in a matrix [D, D]."""
+    # int32 with and without x64: jax caches index arithmetic by the type it met first.
+    rows, columns = np.tril_indices(size, -1)
+    return rows.astype(np.int32), columns.astype(np.int32)
+
+
+def _draw(key: Key, q: Gaussian, sign: Array | int) -> tuple[Array, Array]:
+    """One draw of a factorised q and its log q, from noise of this sign."""
+    noise = sign * jax.random.normal(key, q.mean.shape, q.mean.dtype)
+    z = q.mean + q.scale * noise
+    return z, densities.normal(z, *q)
+
+
 # Gaussians
 
 
@@ -164,13 +197,20 @@ def gaussian(latent_dim: int) -> Posterior:
     """
     _check(latent_dim=latent_dim)
 
-    def sample(key: Key, params: Params, sticking: bool = False) -> tuple[Array, Array]:
-        z, log_q = densities.sample_gaussian(key, gaussian_of(params))
+    def sample(
+        key: Key, params: Params, sticking: bool = False, sign: Array | int = 1
+    ) -> tuple[Array, Array]:
+        z, log_q = _draw(key, gaussian_of(params), sign)
         if sticking:
             log_q = densities.normal(z, *gaussian_of(jax.lax.stop_gradient(params)))
         return z, log_q
 
-    return Posterior(lambda key: _init(latent_dim), sample)
+    def natural(params: Params, gradient: Params) -> Params:
+        variance, slope = gaussian_of(params).scale ** 2, gradient["encoded"]
+        direction = {"mean": variance * slope["mean"], "log_scale": slope["log_scale"] / 2}
+        return gradient | {"encoded": direction}
+
+    return Posterior(lambda key: _init(latent_dim), sample, natural)
 
 
 @_cached
@@ -182,22 +222,26 @@ def full_gaussian(latent_dim: int) -> Posterior:
     Raises ValueError when latent_dim is not a positive integer.
     """
     _check(latent_dim=latent_dim)
-    # int32 with and without x64: jax caches index arithmetic by the type it met first.
-    below = tuple(rows.astype(np.int32) for rows in np.tril_indices(latent_dim, -1))
+    below = _below(latent_dim)
 
     def init(key: Key) -> Params:
         params = _init(latent_dim)
         params["encoded"]["lower"] = jnp.zeros(below[0].size)
         return params
 
+    def square(lower: Array) -> Array:
+        return jnp.zeros((latent_dim, latent_dim), lower.dtype).at[below].set(lower)
+
     def moments(params: Params) -> tuple[Array, Array, Array]:
         mean, scale = gaussian_of(params)
-        unit = jnp.eye(latent_dim, dtype=mean.dtype).at[below].set(params["encoded"]["lower"])
+        unit = jnp.eye(latent_dim, dtype=mean.dtype) + square(params["encoded"]["lower"])
         return mean, scale, scale[:, None] * unit
 
-    def sample(key: Key, params: Params, sticking: bool = False) -> tuple[Array, Array]:
+    def sample(
+        key: Key, params: Params, sticking: bool = False, sign: Array | int = 1
+    ) -> tuple[Array, Array]:
         mean, scale, cholesky = moments(params)
-        noise = jax.random.normal(key, mean.shape, mean.dtype)
+        noise = sign * jax.random.normal(key, mean.shape, mean.dtype)
         z = mean + cholesky @ noise
         if sticking:
             mean, _, cholesky = moments(jax.lax.stop_gradient(params))
@@ -205,7 +249,25 @@ def full_gaussian(latent_dim: int) -> Posterior:
         # From the noise: solving for it would lose every digit where A is large.
         return z, densities.standard_normal(noise) - jnp.sum(jnp.log(scale))
 
-    return Posterior(init, sample)
+    def natural(params: Params, gradient: Params) -> Params:
+        # L moves by L M, M lower triangular, of which KL is ‖mean's move‖² + 2 Σ M_ii² + Σ M_ij²,
+        # halved: where L is scaled, so is the step. G is the gradient in L.
+        _, scale, cholesky = moments(params)
+        slope, lower = gradient["encoded"], square(params["encoded"]["lower"])
+        slope_lower = square(slope["lower"])
+        diagonal = slope["log_scale"] - jnp.sum(lower * slope_lower, axis=1)
+        g = (slope_lower + jnp.diag(diagonal)) / scale[:, None]
+        m = jnp.tril(cholesky.T @ g)
+        log_scale = jnp.diagonal(m) / 2
+        move = cholesky @ (m - jnp.diag(log_scale)) / scale[:, None]
+        direction = {
+            "mean": cholesky @ (cholesky.T @ slope["mean"]),
+            "log_scale": log_scale,
+            "lower": (move - lower * log_scale[:, None])[below],
+        }
+        return gradient | {"encoded": direction}
+
+    return Posterior(init, sample, natural)
 
 
 def _distrax() -> Any:
@@ -228,8 +290,10 @@ def _flow_posterior(
 ) -> Posterior:
     """q(z_T) of a Gaussian z_0 pushed through params[steps_in]["steps"], which act on split(z)."""
 
-    def sample(key: Key, params: Params, sticking: bool = False) -> tuple[Array, Array]:
-        z, log_q = densities.sample_gaussian(key, gaussian_of(params))
+    def sample(
+        key: Key, params: Params, sticking: bool = False, sign: Array | int = 1
+    ) -> tuple[Array, Array]:
+        z, log_q = _draw(key, gaussian_of(params), sign)
         steps = params[steps_in]["steps"]
         y, start, log_det = flows.push(flow, steps, split(z), _context(params), sticking)
         if sticking:
@@ -348,11 +412,11 @@ def _auxiliary_family(
         return Gaussian(mean, jnp.exp(flows.soft_clip(log_scale, _LOG_SCALE_LIMIT_V)))
 
     def sample(
-        flow: flows.Flow, context: Any, key: Key, params: Params, sticking: bool
+        flow: flows.Flow, context: Any, key: Key, params: Params, sticking: bool, sign: Array | int
     ) -> tuple[Array, Array]:
         key_z, key_v = jax.random.split(key)
-        z, _ = densities.sample_gaussian(key_z, gaussian_of(params))
-        v, _ = densities.sample_gaussian(key_v, given(z, "q", params))
+        z, _ = _draw(key_z, gaussian_of(params), sign)
+        v, _ = _draw(key_v, given(z, "q", params), sign)
         steps = params["shared"]["steps"]
         (z, v), (z_0, v_0), log_det = flows.push(flow, steps, (z, v), context, sticking)
         # r is no part of q(z, v): its gradient is not 0 in expectation, and always stays.
@@ -399,8 +463,10 @@ def auxiliary(
         latent_dim, num_v, auxiliary_hidden, activation, context_dim, init_steps
     )
 
-    def sample(key: Key, params: Params, sticking: bool = False) -> tuple[Array, Array]:
-        return sample_through(flow, _context(params), key, params, sticking)
+    def sample(
+        key: Key, params: Params, sticking: bool = False, sign: Array | int = 1
+    ) -> tuple[Array, Array]:
+        return sample_through(flow, _context(params), key, params, sticking, sign)
 
     return Posterior(init, sample)
 
@@ -442,10 +508,14 @@ def _hamiltonian(
     )
 
     def sample(
-        target: Target, key: Key, params: Params, sticking: bool = False
+        target: Target,
+        key: Key,
+        params: Params,
+        sticking: bool = False,
+        sign: Array | int = 1,
     ) -> tuple[Array, Array]:
         flow, width = flows.leapfrog(target), gaussian_of(params).scale
-        return sample_through(flow, width, key, params, sticking)
+        return sample_through(flow, width, key, params, sticking, sign)
 
     return init, sample
 

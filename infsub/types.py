@@ -173,10 +173,13 @@ class Estimate(NamedTuple):
 
 
 class Sample(Protocol):
-    """(key, params) -> (z [D], log_q []), with or without the gradient of log_q's own parameters."""
+    """(key, params) -> (z [D], log_q []), with or without the gradient of log_q's own parameters.
+
+    `sign` is a factor on the noise, 1 or −1.
+    """
 
     def __call__(
-        self, key: Key, params: Params, /, sticking: bool = False
+        self, key: Key, params: Params, /, sticking: bool = False, sign: Array | int = 1
     ) -> tuple[Array, Array]: ...
 
 
@@ -191,10 +194,16 @@ class Posterior(NamedTuple):
         auxiliary variable, log q(z, v) − log r(v|z), whose importance weights are still unbiased.
         sticking=True keeps the numbers and drops the gradient of log_q that does not
         come through z; a posterior without it is for rules of sticking_the_landing=False.
+        sign=−1 turns the noise about: with the draw of the same key and sign=1 it is an antithetic
+        pair; a posterior without it is for rules of antithetic=False.
+      natural: (params, gradient) -> F⁻¹ gradient, F the Fisher information of q at params: the
+        direction in which a gradient in the params is steepest in KL, whatever their units. None
+        where the family does not know it.
     """
 
     init: Callable[[Key], Params]
     sample: Sample
+    natural: Callable[[Params, Params], Params] | None = None
 
 
 class UserError(Exception):

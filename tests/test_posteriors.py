@@ -13,7 +13,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from infsub import bounds, densities, flows, posteriors
-from infsub.types import Target
+from infsub.types import Gaussian, Target
 
 OPTIONS = {
     "rnvp": {"hidden": (7,), "context_dim": 2},
@@ -166,6 +166,65 @@ def test_importance_weights_average_to_one(name):
     error = jnp.std(weights) / math.sqrt(weights.size)
     assert error < 0.02
     assert abs(jnp.mean(weights) - 1) < 4 * error
+
+
+@each_family
+def test_a_sign_turns_the_noise_about(name, sample_from, monkeypatch):
+    """sign=−1 is the draw that the opposite noise gives."""
+    posterior, normal = family(name, 3), jax.random.normal
+    params, key = anywhere(14, posterior), jax.random.key(15)
+    turned = posterior.sample(key, params, sign=-1)
+    assert not np.allclose(turned[0], posterior.sample(key, params)[0])
+    monkeypatch.setattr(jax.random, "normal", lambda *args: -normal(*args))
+    for one, two in zip(turned, posterior.sample(key, params), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gaussian", "full_gaussian"])
+def test_the_natural_gradient_is_the_fisher_informations(name):
+    """F⁻¹ g, F the Hessian of KL(q_λ ‖ q_μ) in μ at μ = λ, in closed form and float64."""
+    posterior = family(name, 4)
+    with jax.enable_x64(True):
+        params = anywhere(16, posterior, 0.5, np.float64)
+        gradient = anywhere(17, posterior, 1.0, np.float64)
+        flat, unravel = ravel_pytree(params)
+
+        def moments(flat):  # z is linear in the noise, so one draw a unit of noise is its Jacobian
+            q = unravel(flat)["encoded"]
+            unit = jnp.eye(4)
+            if "lower" in q:
+                unit = unit.at[np.tril_indices(4, -1)].set(q["lower"])
+            cholesky = jnp.exp(q["log_scale"])[:, None] * unit
+            return q["mean"], cholesky @ cholesky.T
+
+        def divergence(other):
+            (mean_1, cov_1), (mean_2, cov_2) = moments(flat), moments(other)
+            inverse, shift = jnp.linalg.inv(cov_2), mean_2 - mean_1
+            log_dets = jnp.linalg.slogdet(cov_2)[1] - jnp.linalg.slogdet(cov_1)[1]
+            return 0.5 * (jnp.trace(inverse @ cov_1) + shift @ inverse @ shift - 4 + log_dets)
+
+        fisher = jax.hessian(divergence)(flat)
+        expected = jnp.linalg.solve(fisher, ravel_pytree(gradient)[0])
+        found = ravel_pytree(posterior.natural(params, gradient))[0]
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_a_dense_gaussian_as_the_base():
+    """`full_gaussian` becomes it; the others take the factorised Gaussian that is best in KL."""
+    model = models.linear_gaussian(4, 6)
+    _, x = model.simulate(jax.random.key(18))
+    mean, cov = model.posterior(x)
+    q, best = Gaussian(mean, jnp.linalg.cholesky(cov)), model.best_gaussian(x)
+    full = posteriors.full_gaussian(4)
+    params = posteriors.with_gaussian(full.init(jax.random.key(0)), q)
+    z, log_q = full.sample(jax.random.key(19), params)
+    np.testing.assert_allclose(log_q, densities.gaussian(z, q), rtol=1e-5)
+    flow = posteriors.planar(4)
+    found = posteriors.gaussian_of(posteriors.with_gaussian(flow.init(jax.random.key(0)), q))
+    for one, two in zip(found, best, strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-4)
+    again = posteriors.with_gaussian(params, best)  # a factorised one leaves nothing of the dense
+    np.testing.assert_array_equal(again["encoded"]["lower"], 0)
 
 
 @each_family
