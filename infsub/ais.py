@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from infsub import densities, hmc
+from infsub import cholesky, densities, hmc
 from infsub.bounds import log_joint, log_likelihood, log_mean_exp
 from infsub.schedules import equal_distances, schedule_betas, smooth
 from infsub.types import Array, Estimate, Gaussian, Key, Target, positive_int
@@ -34,14 +34,17 @@ class Annealing(NamedTuple):
     """All that is frozen before a measuring run: nothing in it depends on that run's chains.
 
     Attributes:
-      path: from base to p(x, z).
-      base: Gaussian the forward chains start from.
+      path: from base to p(x, z), in the coordinates that the chains move in.
+      base: the factorised Gaussian that the forward chains start from, in those coordinates.
+      frame: where q is of full covariance the chains move in its noise u, z = mean + scale · u,
+        which is HMC with the mass matrix (scale scaleᵀ)⁻¹; None where they move in z itself.
       betas: [T+1].
       step_sizes: [T], of the transition at β_1 … β_T, in units of base.scale.
     """
 
     path: hmc.Path
     base: Gaussian
+    frame: Gaussian | None
     betas: Array
     step_sizes: Array
 
@@ -68,33 +71,52 @@ def _log_ratio(target: Target, log_base: Partial, z: Array) -> Array:
     return log_joint(target, z) - log_base(z)
 
 
-def geometric_path(target: Target, base: Gaussian | None) -> tuple[hmc.Path, Gaussian]:
-    """π_β ∝ base^{1−β} p(x, z)^β and its base; None starts at the prior N(0, I).
+def _framed_log_ratio(target: Target, frame: Gaussian, u: Array) -> Array:
+    log_joint_of_u = log_joint(target, to_z(frame, u)) + densities.log_volume(frame)
+    return log_joint_of_u - densities.standard_normal(u)
+
+
+def to_z(frame: Gaussian | None, u: Array) -> Array:
+    """z [D] of a chain at u [D] in the frame."""
+    return u if frame is None else frame.mean + frame.scale @ u
+
+
+def from_z(frame: Gaussian | None, z: Array) -> Array:
+    """u [D] in the frame of z [D]."""
+    return z if frame is None else cholesky.solve(frame.scale, z - frame.mean)
+
+
+def geometric_path(
+    target: Target, q: Gaussian | None
+) -> tuple[hmc.Path, Gaussian, Gaussian | None]:
+    """π_β ∝ q^{1−β} p(x, z)^β, its base and its frame, as in `Annealing`; None starts at N(0, I).
 
     Raises:
-      ValueError: base is None but the target has a prior of its own, or the shapes don't match.
+      ValueError: q is None but the target has a prior of its own, or the shapes don't match.
     """
     dim = target.latent_dim
-    if base is None:
+    standard = Gaussian(jnp.zeros(dim), jnp.ones(dim))
+    if q is None:
         if target.log_prior is not None:
             raise ValueError(
                 "q=None starts at N(0, I), but this target has its own log_prior: give q, a "
                 "Gaussian to start from"
             )
-        base = Gaussian(jnp.zeros(dim), jnp.ones(dim))
-        return hmc.Path(Partial(densities.standard_normal), Partial(log_likelihood, target)), base
-    mean, scale = jnp.shape(base.mean), jnp.shape(base.scale)
+        log_likelihood_of_z = Partial(log_likelihood, target)
+        return hmc.Path(Partial(densities.standard_normal), log_likelihood_of_z), standard, None
+    mean, scale = jnp.shape(q.mean), jnp.shape(q.scale)
     if mean != (dim,) or scale not in (mean, mean * 2):
         raise ValueError(
             f"q must have mean and scale of shape [{dim}], the target's latent_dim (a Cholesky "
             f"factor is [{dim}, {dim}]); got {mean} and {scale}"
         )
     if len(scale) == 1:
-        log_base = Partial(densities.normal, mean=base.mean, scale=base.scale)
-    else:
-        base = base._replace(scale=jnp.tril(base.scale))
-        log_base = Partial(densities.gaussian, q=base)
-    return hmc.Path(log_base, Partial(_log_ratio, target, log_base)), base
+        log_base = Partial(densities.normal, mean=q.mean, scale=q.scale)
+        return hmc.Path(log_base, Partial(_log_ratio, target, log_base)), q, None
+    frame = q._replace(scale=jnp.tril(q.scale))
+    log_ratio = Partial(_framed_log_ratio, target, frame)
+    standard = jax.tree.map(lambda a: a.astype(q.mean.dtype), standard)
+    return hmc.Path(Partial(densities.standard_normal), log_ratio), standard, frame
 
 
 class Tuner(NamedTuple):
@@ -149,7 +171,7 @@ def anneal(
     reverse: bool = False,
     jitter: float = JITTER,
 ) -> tuple[Array, AISInfo, Array]:
-    """T transitions of K chains that start at z [K, D].
+    """T transitions of K chains that start at z [K, D], in the annealing's coordinates.
 
     Forward, z_t ~ K_{β_t}(· | z_{t−1}) and log w = Σ (β_t − β_{t−1}) log_ratio(z_{t−1}) (Neal 2001,
     eq. 11); reverse runs the same kernels from β_T down to β_1 and sums the same terms.
@@ -157,7 +179,7 @@ def anneal(
     Returns:
       log_weights [K], the AISInfo, and the chains' standard deviation of log_ratio [T].
     """
-    path, base, betas, _ = annealing
+    path, base, betas = annealing.path, annealing.base, annealing.betas
 
     def transition(key, state, beta, step_size):
         key_jitter, key_step = jax.random.split(key)
@@ -232,10 +254,10 @@ def prepare(
     settings: Settings,
 ) -> Annealing:
     """Freezes what the measuring run needs; betas [T+1], step_size [] or [T]."""
-    path, base = geometric_path(target, q)
+    path, base, frame = geometric_path(target, q)
     betas = betas.astype(base.mean.dtype)
     step_sizes = jnp.broadcast_to(step_size.astype(betas.dtype), (betas.size - 1,))
-    annealing = Annealing(path, base, betas, step_sizes)
+    annealing = Annealing(path, base, frame, betas, step_sizes)
     if settings.adaptation != "pilot":
         return annealing
     return _pilot(key, annealing, settings.num_leapfrog, settings.adaptive_schedule)
@@ -253,6 +275,7 @@ def forward(key: Key, annealing: Annealing, settings: Settings) -> tuple[Estimat
     log_weights, info, _ = anneal(
         key_run, annealing, z, tuner, settings.num_leapfrog, jitter=jitter
     )
+    info = info._replace(z=jax.vmap(partial(to_z, annealing.frame))(info.z))
     return log_mean_exp(log_weights)._replace(acceptance=jnp.mean(info.acceptance)), info
 
 

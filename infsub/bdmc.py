@@ -20,6 +20,7 @@ from infsub.ais import (
     anneal,
     check_arguments,
     forward,
+    from_z,
     frozen,
     prepare,
 )
@@ -48,7 +49,7 @@ def reverse(
     key: Key, annealing: Annealing, z: Array, settings: Settings
 ) -> tuple[Estimate, AISInfo]:
     """The kernels of `ais.forward` from p(x, z) down to the base, chains starting at z [D]."""
-    z = jnp.broadcast_to(z, (settings.num_chains, *z.shape))
+    z = jnp.broadcast_to(from_z(annealing.frame, z), (settings.num_chains, *z.shape))
     tuner = frozen(annealing.step_sizes)
     log_weights, info, _ = anneal(key, annealing, z, tuner, settings.num_leapfrog, reverse=True)
     inverse = log_mean_exp(-log_weights)._replace(acceptance=jnp.mean(info.acceptance))

@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from infsub import cholesky
 from infsub.types import Array, Gaussian, Key
 
 LOG_2PI = math.log(2 * math.pi)
@@ -28,8 +29,7 @@ def gaussian(z: Array, q: Gaussian) -> Array:
     """log q(z) = log N(z; mean, S Sᵀ), S = diag(scale) or the Cholesky factor, z [D] -> []."""
     if jnp.ndim(q.scale) < 2:
         return normal(z, q.mean, q.scale)
-    noise = jax.scipy.linalg.solve_triangular(q.scale, z - q.mean, lower=True)
-    return standard_normal(noise) - log_volume(q)
+    return standard_normal(cholesky.solve(q.scale, z - q.mean)) - log_volume(q)
 
 
 def log_volume(q: Gaussian) -> Array:

@@ -6,7 +6,6 @@ and never meets a stale value. Neal 2011, "MCMC using Hamiltonian dynamics".
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -80,11 +79,11 @@ def leapfrog(
     scale: Array,
     num_leapfrog: int,
 ) -> tuple[HMCState, Array]:
-    """`num_leapfrog` leapfrog steps of H(z, v) = −log π_β(z) + ‖v‖²/2 with mass (S Sᵀ)⁻¹.
+    """`num_leapfrog` leapfrog steps of H(z, v) = −log π_β(z) + ‖v‖²/2 with mass diag(scale⁻²).
 
-    v ← v + ε/2 Sᵀ∇log π_β(z);  z ← z + ε S v;  v ← v + ε/2 Sᵀ∇log π_β(z), whitened by S =
-    diag(scale) or the Cholesky factor. The first half kick uses the gradient the state carries, so
-    L steps take L evaluations; only the last one needs the densities' values.
+    v ← v + ε/2 s∘∇log π_β(z);  z ← z + ε s∘v;  v ← v + ε/2 s∘∇log π_β(z), whitened by s = scale.
+    The first half kick uses the gradient the state carries, so L steps take L evaluations; only
+    the last one needs the densities' values.
 
     Args:
       state: at the trajectory's start.
@@ -92,7 +91,7 @@ def leapfrog(
       path: the densities.
       beta: [].
       step_size: ε [], in units of `scale`.
-      scale: [D], or a lower Cholesky factor [D, D].
+      scale: s [D].
       num_leapfrog: L ≥ 1.
 
     Returns:
@@ -104,30 +103,14 @@ def leapfrog(
 
     def drift_and_kick(_, carry):
         z, v = carry
-        z = z + drift(v)
-        return z, v + kick(force(z))
+        z = z + step * v
+        return z, v + step * force(z)
 
-    drift, kick, half_kick = _whitened(step_size, scale)
-    v = momentum + half_kick(state.grad_base + beta * state.grad_ratio)
+    step = step_size * scale
+    v = momentum + 0.5 * step * (state.grad_base + beta * state.grad_ratio)
     z, v = jax.lax.fori_loop(0, num_leapfrog - 1, drift_and_kick, (state.z, v))
-    end = init(path, z + drift(v))
-    return end, v + half_kick(end.grad_base + beta * end.grad_ratio)
-
-
-Move = Callable[[Array], Array]
-
-
-def _whitened(step_size: Array, scale: Array) -> tuple[Move, Move, Move]:
-    """The drift of v [D], ε S v, and the kick of a gradient g [D], ε Sᵀ g, whole and half."""
-    if jnp.ndim(scale) < 2:
-        step = step_size * scale
-        return (lambda v: step * v), (lambda g: step * g), (lambda g: 0.5 * step * g)
-
-    # ε is a chain's own and S is shared by all: ε S would be a matrix for each chain.
-    def kick(g: Array) -> Array:
-        return step_size * (scale.T @ g)
-
-    return (lambda v: scale @ (step_size * v)), kick, (lambda g: 0.5 * kick(g))
+    end = init(path, z + step * v)
+    return end, v + 0.5 * step * (end.grad_base + beta * end.grad_ratio)
 
 
 def step(

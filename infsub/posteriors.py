@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from infsub import densities, flows
+from infsub import cholesky, densities, flows
 from infsub.types import Array, Gaussian, Key, Params, Posterior, Target, as_partial, positive_int
 
 _LOG_SCALE_LIMIT = 15.0  # e^±15 is what float32 resolves beside a mean of order 1
@@ -133,7 +133,7 @@ def moment_matched(
         )
     noise = (z - mean) / scale  # of correlations, all of one size, no digit is lost
     correlation = noise.T @ noise / num_samples
-    return Gaussian(mean, scale[:, None] * jnp.linalg.cholesky(correlation))
+    return Gaussian(mean, scale[:, None] * cholesky.factor(correlation))
 
 
 def _cached(constructor: Callable[..., Any]) -> Callable[..., Any]:

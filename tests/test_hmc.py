@@ -25,8 +25,6 @@ def log_ratio(z):
 PATH = hmc.Path(Partial(log_base), Partial(log_ratio))
 BETA = 0.7
 SCALE = jnp.array([0.5, 1.0, 1.5, 0.8])
-FACTOR = jnp.diag(SCALE) + 0.4 * jnp.tril(jnp.ones((DIM, DIM)), -1)  # a Cholesky factor
-each_scale = pytest.mark.parametrize("scale", [SCALE, FACTOR], ids=["diagonal", "full"])
 
 
 def log_density(z):
@@ -39,21 +37,17 @@ def start():
     return hmc.init(PATH, z), v
 
 
-@each_scale
 @pytest.mark.parametrize("num_leapfrog", [1, 2, 10])
-def test_leapfrog_is_the_textbook_one(start, num_leapfrog, scale):
+def test_leapfrog_is_the_textbook_one(start, num_leapfrog):
     state, momentum = start
-    end, end_momentum = hmc.leapfrog(state, momentum, PATH, BETA, 0.1, scale, num_leapfrog)
-    # with the momentum p = S⁻ᵀ v of the mass matrix M = (S Sᵀ)⁻¹
-    factor = scale if scale.ndim == 2 else jnp.diag(scale)
-    z, p = state.z, jnp.linalg.solve(factor.T, momentum)
+    end, end_momentum = hmc.leapfrog(state, momentum, PATH, BETA, 0.1, SCALE, num_leapfrog)
+    z, v, step = state.z, momentum, 0.1 * SCALE
     for _ in range(
         num_leapfrog
     ):  # a half kick, a drift, a half kick, each with a gradient of its own
-        p = p + 0.05 * jax.grad(log_density)(z)
-        z = z + 0.1 * factor @ factor.T @ p
-        p = p + 0.05 * jax.grad(log_density)(z)
-    v = factor.T @ p
+        v = v + 0.5 * step * jax.grad(log_density)(z)
+        z = z + step * v
+        v = v + 0.5 * step * jax.grad(log_density)(z)
     np.testing.assert_allclose(end.z, z, rtol=1e-5)
     np.testing.assert_allclose(end_momentum, v, rtol=1e-4, atol=1e-5)
     for got, want in zip(end, hmc.init(PATH, z), strict=True):
@@ -80,22 +74,20 @@ def test_a_trajectory_takes_exactly_l_gradients(start, num_leapfrog):
     assert len(evaluations) == num_leapfrog
 
 
-@each_scale
-def test_leapfrog_is_reversible(start, scale):
+def test_leapfrog_is_reversible(start):
     state, momentum = start
-    end, end_momentum = hmc.leapfrog(state, momentum, PATH, BETA, 0.1, scale, 10)
-    back, back_momentum = hmc.leapfrog(end, -end_momentum, PATH, BETA, 0.1, scale, 10)
+    end, end_momentum = hmc.leapfrog(state, momentum, PATH, BETA, 0.1, SCALE, 10)
+    back, back_momentum = hmc.leapfrog(end, -end_momentum, PATH, BETA, 0.1, SCALE, 10)
     assert jnp.max(jnp.abs(end.z - state.z)) > 0.1
     np.testing.assert_allclose(back.z, state.z, atol=1e-5)
     np.testing.assert_allclose(-back_momentum, momentum, atol=1e-5)
 
 
-@each_scale
-def test_leapfrog_preserves_volume(start, scale):
+def test_leapfrog_preserves_volume(start):
     state, momentum = start
 
     def flow(phase):
-        end, v = hmc.leapfrog(hmc.init(PATH, phase[:DIM]), phase[DIM:], PATH, BETA, 0.3, scale, 10)
+        end, v = hmc.leapfrog(hmc.init(PATH, phase[:DIM]), phase[DIM:], PATH, BETA, 0.3, SCALE, 10)
         return jnp.concatenate([end.z, v])
 
     jacobian = jax.jacobian(flow)(jnp.concatenate([state.z, momentum]))
@@ -103,17 +95,6 @@ def test_leapfrog_preserves_volume(start, scale):
     assert sign == 1
     # float32: each of 10 steps multiplies 8x8 Jacobians with entries of order 1.
     assert abs(log_det) < 1e-4
-
-
-def test_a_diagonal_factor_is_the_diagonal(start):
-    state, _ = start
-    for key in jax.random.split(jax.random.key(4), 5):
-        (full, info), (diagonal, want) = (
-            hmc.step(key, state, PATH, BETA, 0.8, scale, 7) for scale in (jnp.diag(SCALE), SCALE)
-        )
-        np.testing.assert_allclose(info.energy_error, want.energy_error, rtol=1e-4, atol=1e-5)
-        for got, wanted in zip(full, diagonal, strict=True):
-            np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_energy_error_is_second_order():
