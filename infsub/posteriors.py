@@ -54,6 +54,13 @@ class Family(NamedTuple):
     auxiliary: bool = False
 
 
+def family(name: str) -> Family:
+    """The row of `FAMILIES`. Raises ValueError when there is none of that name."""
+    if name not in FAMILIES:
+        raise ValueError(f"unknown posterior {name!r}: it must be one of {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
 def make(name: str, latent_dim: int, *, target: Target | None = None, **options: Any) -> Posterior:
     """The family called `name` over z [D]; options are its constructor's arguments.
 
@@ -61,17 +68,15 @@ def make(name: str, latent_dim: int, *, target: Target | None = None, **options:
     Raises ValueError when the name is unknown, the target is missing or a size is wrong, TypeError
     for an unknown option.
     """
-    if name not in FAMILIES:
-        raise ValueError(f"unknown posterior {name!r}: it must be one of {', '.join(FAMILIES)}")
-    family = FAMILIES[name]
-    if not family.needs_target:
-        return family.constructor(latent_dim, **options)
+    constructor, needs_target = family(name).constructor, family(name).needs_target
+    if not needs_target:
+        return constructor(latent_dim, **options)
     if target is None or target.latent_dim != latent_dim:
         found = "no target" if target is None else f"a target of latent_dim={target.latent_dim}"
         raise ValueError(
             f"posterior {name!r} needs a target of latent_dim={latent_dim}; got {found}"
         )
-    return family.constructor(target, **options)
+    return constructor(target, **options)
 
 
 def sampler(posterior: Posterior, params: Params) -> Partial:

@@ -1,9 +1,8 @@
-"""A variational autoencoder as pure functions of one datapoint, made from a config."""
+"""A variational autoencoder as pure functions of one datapoint, made from a model's settings."""
 
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
+from ml_collections import ConfigDict, FrozenConfigDict
 
-from infsub import config as configs
 from infsub import densities, networks, posteriors
 from infsub.types import Array, Key, Params, Posterior, Target
 
@@ -34,7 +33,7 @@ class Terms(NamedTuple):
 
 
 class VAE(NamedTuple):
-    """The functions of a VAE; equal configs give the same object, so it is a static jit argument.
+    """The functions of a VAE; equal settings give the same object, so it is a static jit argument.
 
     Attributes:
       latent_dim: D.
@@ -68,25 +67,34 @@ class VAE(NamedTuple):
     terms: Callable[..., tuple[Terms, dict[str, Any]]]
 
 
-def make_vae(model: Any, image_shape: tuple[int, int, int], levels: int) -> VAE:
-    """The VAE of `config.model` for images [H, W, C] of `levels` values a channel.
+def make_vae(
+    model: ConfigDict | FrozenConfigDict, image_shape: tuple[int, int, int], levels: int
+) -> VAE:
+    """The VAE of these settings for images [H, W, C] of `levels` values a channel.
 
     p(z) = N(0, I); p(x|z) is Bernoulli for 2 levels and a discretised logistic for more
     (Kingma et al. 2016, app. A).
 
+    Args:
+      model: latent_dim; encoder and decoder, see networks.py; posterior, a name in
+        `posteriors.FAMILIES` and options of the family's, its defaults where not given.
+      image_shape: (H, W, C).
+      levels: of a pixel, 0 … levels − 1.
+
     Raises:
       ValueError, TypeError: a network or posterior that there is not, or arguments not its own.
     """
-    fields = json.dumps(configs.to_json(model), sort_keys=True)
-    return _make_vae(fields, tuple(image_shape), levels)
+    frozen = FrozenConfigDict(model.to_dict())  # locked or not, it is the same model
+    return _make_vae(frozen, tuple(image_shape), levels)
 
 
 @functools.cache
-def _make_vae(fields: str, image_shape: tuple[int, int, int], levels: int) -> VAE:
-    model = configs.from_json({"model": json.loads(fields)}).model
-    latent_dim = model.latent_dim
-    options = configs.posterior(**model.posterior).to_dict()
-    family = functools.partial(posteriors.make, options.pop("name"), latent_dim, **options)
+def _make_vae(model: Any, image_shape: tuple[int, int, int], levels: int) -> VAE:
+    latent_dim = model.latent_dim  # Any: its fields have no static types
+    options = dict(model.posterior)
+    name = options.pop("name")
+    options = {**posteriors.family(name).defaults, **options}
+    family = functools.partial(posteriors.make, name, latent_dim, **options)
 
     def nowhere(z: Array) -> Array:
         return jnp.zeros((), z.dtype)

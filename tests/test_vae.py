@@ -210,6 +210,14 @@ def test_equal_configs_give_the_same_object():
     assert make_vae(model("planar", latent_dim=4), SHAPE, 2) is not vae
 
 
+def test_options_that_are_not_given_are_the_amortised_family_s():
+    given = model()
+    given.posterior = {"name": "rnvp"}
+    vae = make_vae(given, SHAPE, 2)
+    params = jax.eval_shape(vae.encode, jax.eval_shape(vae.init, KEY), images(KEY, 1)[0])
+    assert params["encoded"]["context"].shape == (50,)
+
+
 def test_grey_levels_reach_the_encoder_between_zero_and_one():
     # Three levels 0, 1, 2 look to the encoder as 0, ½, 1.
     vae, binary = make_vae(model(), SHAPE, 3), make_vae(model(), SHAPE, 2)
@@ -224,6 +232,10 @@ def test_a_model_that_cannot_be_built_says_why():
     bad.encoder.activation = "swish"
     with pytest.raises(ValueError, match="activation must be one of elu"):
         make_vae(bad, SHAPE, 2)
+    unknown = model()
+    unknown.posterior = {"name": "flow"}
+    with pytest.raises(ValueError, match="unknown posterior 'flow'"):
+        make_vae(unknown, SHAPE, 2)
     with pytest.raises(TypeError, match="num_stpes"):
         make_vae(model("planar", num_stpes=2), SHAPE, 2)
 
