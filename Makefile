@@ -2,6 +2,8 @@
 PYTHON ?= python3
 WORKDIR ?= runs/quickstart
 RUN := .venv/bin/python
+# Where it is set, every process compiles the thousand modules of jax anew: six seconds each time.
+unexport PYTHONDONTWRITEBYTECODE
 
 quickstart: .venv/plots.done  ## train, evaluate and report on real digits
 	$(RUN) -m infsub.main --config=configs/quickstart.py --workdir=$(WORKDIR)

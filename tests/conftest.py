@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import jax
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
 # Nearly all of the tests' time is XLA's compiling, not its programs' running. Without its emitters of
-# fused loops it takes a third to a half as long; the quickstart runs what users get. What the
-# environment says comes last, and wins.
+# fused loops it takes a third to a half as long (the quickstart runs what users get), and what one
+# process has compiled no other compiles again. Set before anything imports jax, and inherited by the
+# commands that tests start.
 os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {os.environ.get('XLA_FLAGS', '')}"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".pytest_cache/compilations")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 
 @pytest.fixture(scope="session")
@@ -27,15 +30,10 @@ def shared_dir() -> Path:
     return shared
 
 
-@pytest.fixture(scope="session")
-def compilations(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of compiled programs that the processes of this test run share."""
-    base = tmp_path_factory.getbasetemp()  # of one of several workers, it lies in that of all
-    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compilations"
-
-
 @pytest.hookimpl(tryfirst=True)  # before the fixtures, which compile too
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """XLA optimises little, but for tests marked `computing`, whose programs run for long."""
+    import jax  # not before the variables above are set
+
     quick = item.get_closest_marker("computing") is None
     jax.config.update("jax_disable_most_optimizations", quick)

@@ -26,15 +26,10 @@ Command = Callable[..., dict[str, Any]]
 
 
 @contextlib.contextmanager
-def commands(folder: Path, compilations: Path) -> Iterator[Command]:
-    """command(*argv, kill=…) -> answer, from a process that logs in `folder`; compiled once for all."""
-    variables = {
-        "JAX_COMPILATION_CACHE_DIR": str(compilations),
-        "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_COMPILATION_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "OPENBLAS_NUM_THREADS": "1",  # no threads before the fork
-    }
+def commands(folder: Path) -> Iterator[Command]:
+    """command(*argv, kill=…) -> answer, from a process that logs in `folder`."""
+    # No threads before the fork.
+    variables = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "OPENBLAS_NUM_THREADS": "1"}
     server = subprocess.Popen(
         [sys.executable, __file__],
         stdin=subprocess.PIPE,

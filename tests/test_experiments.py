@@ -226,9 +226,9 @@ def test_a_stop_request_is_not_a_failing_cell(tmp_path, stubs, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory, compilations):
+def command(tmp_path_factory):
     """command(*arguments) runs infsub.main in a process of its own."""
-    with commands(tmp_path_factory.mktemp("forks"), compilations) as command:
+    with commands(tmp_path_factory.mktemp("forks")) as command:
         yield command
 
 

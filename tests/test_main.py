@@ -20,9 +20,9 @@ QUICK = f"--config={ROOT / 'configs/quickstart.py'}"
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory, compilations):
+def command(tmp_path_factory):
     """command(*arguments) runs infsub.main in a process: (exit code, what it printed)."""
-    with commands(tmp_path_factory.mktemp("forks"), compilations) as command:
+    with commands(tmp_path_factory.mktemp("forks")) as command:
 
         def run(*arguments):
             answer = command(*arguments)

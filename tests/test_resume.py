@@ -22,9 +22,9 @@ FILES = ("metrics.jsonl", "metrics.csv", "summary.json", "samples.png", "reconst
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory: pytest.TempPathFactory, compilations: Path) -> Iterator[Command]:
+def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
     """command(workdir, *arguments, kill=…) trains the tiny config: {"code": …, "log": …}."""
-    with commands(tmp_path_factory.mktemp("forks"), compilations) as command:
+    with commands(tmp_path_factory.mktemp("forks")) as command:
 
         def train(workdir: Path, *arguments: str, **kill: Any) -> dict[str, Any]:
             config = f"--config={HERE / 'tiny.py'}"
