@@ -6,15 +6,17 @@ from infsub.bdmc import bdmc, reverse_ais
 from infsub.bounds import elbo, iwae
 from infsub.check import Check, check
 from infsub.datapoints import map_datapoints
+from infsub.laplace import LaplaceInfo, laplace, laplace_with_info
 from infsub.local import LocalResult, local_curve, optimize_local
 from infsub.types import Estimate, Gaussian, Model, Posterior, Target
 
-# The functions `ais` and `bdmc` are named like the modules they live in: they are bound here, after
+# The functions `ais`, `bdmc`, `laplace` are named like the modules they live in: they are bound here, after
 # those modules are loaded, so `infsub.ais(…)` is always the function.
 __all__ = [
     "Check",
     "Estimate",
     "Gaussian",
+    "LaplaceInfo",
     "LocalResult",
     "Model",
     "Posterior",
@@ -25,6 +27,8 @@ __all__ = [
     "check",
     "elbo",
     "iwae",
+    "laplace",
+    "laplace_with_info",
     "local_curve",
     "map_datapoints",
     "optimize_local",

@@ -58,18 +58,30 @@ class Target:
       log_prior: z [D] -> [], natural log, normalised; None is N(0, I).
       log_likelihood: z [D] -> [], log p(x|z), natural log, normalised over x.
       latent_dim: D.
+      outputs: z [D] -> l, an array or a pytree of them: all that p(x|z) depends on z by, such as a
+        decoder's logits; None where that is not said.
+      log_likelihood_of_outputs: l -> [], log p(x|z) again. With both, `laplace` takes
+        Gauss-Newton's curvature, which is cheaper than the Hessian's and safer far from a mode.
 
     Raises:
       TypeError: a density is not callable.
-      ValueError: latent_dim is not a positive integer.
+      ValueError: latent_dim is not a positive integer, or only one of the last two is given.
     """
 
     log_prior: LogDensity | None
     log_likelihood: LogDensity
     latent_dim: int
+    outputs: Callable[[Array], Any] | None
+    log_likelihood_of_outputs: Callable[[Any], Array] | None
 
     def __init__(
-        self, log_prior: LogDensity | None, log_likelihood: LogDensity, latent_dim: int
+        self,
+        log_prior: LogDensity | None,
+        log_likelihood: LogDensity,
+        latent_dim: int,
+        *,
+        outputs: Callable[[Array], Any] | None = None,
+        log_likelihood_of_outputs: Callable[[Any], Array] | None = None,
     ) -> None:
         if log_prior is not None and not callable(log_prior):
             raise TypeError(
@@ -80,14 +92,22 @@ class Target:
         self.log_prior = None if log_prior is None else as_partial(log_prior)
         self.log_likelihood = as_partial(log_likelihood)
         self.latent_dim = positive_int("latent_dim", latent_dim)
+        if (outputs is None) != (log_likelihood_of_outputs is None):
+            raise ValueError("outputs and log_likelihood_of_outputs go together: give both or none")
+        self.outputs = self.log_likelihood_of_outputs = None
+        if outputs is not None and log_likelihood_of_outputs is not None:
+            self.outputs = as_partial(outputs)
+            self.log_likelihood_of_outputs = as_partial(log_likelihood_of_outputs)
 
-    def tree_flatten(self) -> tuple[tuple[Any, Any], int]:
-        return (self.log_prior, self.log_likelihood), self.latent_dim
+    def tree_flatten(self) -> tuple[tuple[Any, ...], int]:
+        functions = (self.log_prior, self.log_likelihood)
+        return (*functions, self.outputs, self.log_likelihood_of_outputs), self.latent_dim
 
     @classmethod
-    def tree_unflatten(cls, latent_dim: int, children: tuple[Any, Any]) -> Target:
+    def tree_unflatten(cls, latent_dim: int, children: tuple[Any, ...]) -> Target:
         target = object.__new__(cls)  # no checks: jax unflattens with placeholders
-        target.log_prior, target.log_likelihood = children
+        target.log_prior, target.log_likelihood, *rest = children
+        target.outputs, target.log_likelihood_of_outputs = rest
         target.latent_dim = latent_dim
         return target
 

@@ -99,7 +99,13 @@ def oracle_log_likelihood(params, x, z):
 
 
 def oracle_target(params, x) -> Target:
-    return Target(None, Partial(oracle_log_likelihood, params, x), 50)
+    return Target(
+        None,
+        Partial(oracle_log_likelihood, params, x),
+        50,
+        outputs=Partial(oracle_decode, params),
+        log_likelihood_of_outputs=Partial(densities.bernoulli_logits, x),
+    )
 
 
 def oracle_encoder(params, x) -> Gaussian:

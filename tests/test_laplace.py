@@ -1,0 +1,218 @@
+"""Laplace: exact where the posterior is Gaussian, never worse than its start, honest about failure."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.tree_util import Partial
+from models import linear_gaussian
+
+import infsub
+from infsub import densities
+from infsub.types import Gaussian, Target
+
+
+def simulate(model, num_points, seed=7):
+    return jax.vmap(model.simulate)(jax.random.split(jax.random.key(seed), num_points))[1]
+
+
+def with_outputs(model, x) -> Target:
+    """The same target, which says that its likelihood depends on z by W z + b."""
+    plain = model.target(x)
+    return Target(
+        None,
+        plain.log_likelihood,
+        plain.latent_dim,
+        outputs=lambda z: {"mean": model.weight @ z + model.bias},
+        log_likelihood_of_outputs=lambda out: densities.normal(x, out["mean"], model.noise),
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("make", ["target", "outputs"])
+def test_a_gaussian_posterior_is_found_in_one_step(make, dtype):
+    """Mean, covariance and evidence of the linear-Gaussian model, by jit and vmap, far from the mode."""
+    tolerance = 2e-3 if dtype == "float32" else 1e-10
+    with jax.enable_x64(dtype == "float64"):
+        model = jax.tree.map(lambda leaf: leaf.astype(dtype), linear_gaussian(10, 20))
+        xs = simulate(model, 5)
+
+        @jax.jit
+        @jax.vmap
+        def point(x):
+            target = model.target(x) if make == "target" else with_outputs(model, x)
+            start = jnp.full(10, 3, dtype)
+            return infsub.laplace_with_info(target, start), model.exact_gaussian(x), model.log_px(x)
+
+        (q, info), exact, log_px = point(xs)
+    assert q.mean.dtype == q.scale.dtype == info.log_px.dtype == dtype
+    np.testing.assert_allclose(q.mean, exact.mean, atol=tolerance)
+    np.testing.assert_allclose(q.scale, exact.scale, atol=tolerance)
+    np.testing.assert_allclose(info.log_px, log_px, rtol=tolerance / 10)
+    assert info.num_steps.tolist() == [1] * 5
+    assert info.converged.all()
+
+
+def test_the_cost_is_counted_in_gradients():
+    model = linear_gaussian(10, 20)
+    x = simulate(model, 1)[0]
+    _, hessian = infsub.laplace_with_info(model.target(x), jnp.ones(10))
+    # two points: a gradient and ten columns each; and seven values, half a gradient each, between
+    assert hessian.num_gradients == 2 * (1 + 10) + 7 / 2
+    _, gauss_newton = infsub.laplace_with_info(with_outputs(model, x), jnp.ones((3, 10)))
+    assert gauss_newton.num_gradients == 3 * (2 * (1 + 10 / 2) + 7 / 2)
+    _, warm = infsub.laplace_with_info(model.target(x), jnp.ones(10), num_adam=50)
+    assert warm.num_gradients - hessian.num_gradients == 50
+
+
+def bent(z):
+    """A likelihood that is no logarithm of a concave function, with its mode in a curved valley."""
+    return -5 * (z[1] - z[0] ** 2) ** 2 - (1 - z[0]) ** 2 + 3 * jnp.cos(2 * z[2])
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_no_step_is_for_the_worse_and_every_scale_is_a_scale(full):
+    starts = 2 * jax.random.normal(jax.random.key(0), (40, 3))
+    target = Target(None, bent, 3)
+
+    def log_joint(z):
+        return densities.standard_normal(z) + bent(z)
+
+    value = jax.vmap(log_joint)(starts)
+    for num_steps in (1, 2, 5, 30):
+        q, info = jax.vmap(
+            lambda z, n=num_steps: infsub.laplace_with_info(target, z, num_steps=n, full=full)
+        )(starts)
+        np.testing.assert_allclose(info.log_joint, jax.vmap(log_joint)(q.mean), rtol=1e-5)
+        assert np.all(info.log_joint >= value)
+        assert np.all(info.num_steps <= num_steps)
+        diagonal = jnp.diagonal(q.scale, axis1=1, axis2=2) if full else q.scale
+        assert np.all(np.isfinite(q.scale))
+        assert np.all(diagonal > 0)  # so the covariance is positive definite
+        value = info.log_joint
+    assert info.converged.mean() > 0.9
+    hessians = jax.vmap(jax.hessian(log_joint))(q.mean)[info.converged]
+    if full:  # at a mode the covariance is the inverse of the exact curvature
+        covariance = (q.scale @ q.scale.mT)[info.converged]
+        np.testing.assert_allclose(
+            -covariance @ hessians, np.eye(3)[None].repeat(len(hessians), 0), atol=0.02
+        )
+    else:
+        precision = -np.diagonal(hessians, axis1=1, axis2=2)
+        np.testing.assert_allclose(q.scale[info.converged] ** -2, precision, rtol=1e-3)
+
+
+def test_a_maximum_it_cannot_see_below_is_not_passed_as_positive_curvature():
+    """At a saddle the gradient is 0, so it stays; the scale is positive definite all the same."""
+    saddle = Target(None, lambda z: 3 * z[0] ** 2 - z[1] ** 2, 2)
+    q, info = infsub.laplace_with_info(saddle, jnp.zeros(2))
+    assert info.num_steps == 0
+    assert np.all(np.isfinite(q.scale))
+    assert np.all(np.diag(q.scale) > 0)
+
+
+def two_modes(z):
+    """Weights 0.2 and 0.8 at −3 and 3 of the first coordinate: narrow and wide."""
+    left = jnp.log(0.2) + densities.normal(z, jnp.array([-3.0, 0.0]), jnp.array([0.2, 0.2]))
+    right = jnp.log(0.8) + densities.normal(z, jnp.array([3.0, 0.0]), jnp.array([0.8, 0.8]))
+    return jnp.logaddexp(left, right) - densities.standard_normal(z)  # the joint is the mixture
+
+
+def test_of_several_starts_the_mode_of_greater_evidence_is_kept():
+    target = Target(None, two_modes, 2)
+    left, right = jnp.array([-2.8, 0.1]), jnp.array([2.5, 0.5])
+    (q_left, on_left), (q_right, on_right) = (
+        infsub.laplace_with_info(target, start) for start in (left, right)
+    )
+    # the narrow mode is the higher one, and the less probable
+    assert on_left.log_joint > on_right.log_joint
+    np.testing.assert_allclose(np.exp([on_left.log_px, on_right.log_px]), [0.2, 0.8], rtol=1e-3)
+    np.testing.assert_allclose(q_left.scale, 0.2 * np.eye(2), atol=1e-3)
+    nowhere = jnp.array([jnp.nan, 0])
+    for starts in ([left, right], [right, left], [nowhere, right, left]):
+        q, info = infsub.laplace_with_info(target, jnp.stack(starts))
+        np.testing.assert_allclose(q.mean, q_right.mean, atol=1e-5)
+        np.testing.assert_allclose(info.log_px, on_right.log_px, rtol=1e-5)
+
+
+def test_what_is_not_finite_is_refused():
+    """NaN beyond a wall that Newton's full step would cross; and NaN everywhere."""
+
+    def walled(z):
+        return jnp.where(jnp.sum(z**2) > 4, jnp.nan, 0.0) + 20 * jnp.sum(z) - 0.1 * jnp.sum(z**4)
+
+    q, info = infsub.laplace_with_info(Target(None, walled, 2), jnp.zeros(2))
+    assert info.num_steps > 0
+    assert 1 < np.sum(q.mean**2) <= 4
+    assert not info.converged  # the best point lies at the wall
+    lost = Target(None, lambda z: jnp.nan * jnp.sum(z), 2)
+    q, info = infsub.laplace_with_info(lost, jnp.ones(2), num_adam=3)
+    np.testing.assert_array_equal(q.mean, [1, 1])
+    np.testing.assert_array_equal(q.scale, np.eye(2))
+    assert not info.converged
+    assert np.isnan(info.log_px)
+
+
+def test_without_a_start_it_climbs_from_0():
+    model = linear_gaussian(4, 8)
+    x = simulate(model, 1)[0]
+    q, info = infsub.laplace_with_info(model.target(x))
+    np.testing.assert_allclose(q.mean, model.posterior(x)[0], atol=0.05)
+    assert info.num_gradients > 200
+    same = infsub.laplace(model.target(x), model.best_gaussian(x))
+    np.testing.assert_allclose(same.scale, q.scale, rtol=1e-3, atol=1e-3)
+
+
+def test_a_prior_of_ones_own():
+    """z ~ N(1, 0.5²) and x|z ~ N(z, 1): the posterior has precision 5."""
+    x = jnp.array([0.3, 2.0])
+    target = Target(
+        Partial(densities.normal, mean=jnp.ones(2), scale=jnp.full(2, 0.5)),
+        Partial(densities.normal, x, scale=jnp.ones(2)),
+        2,
+        outputs=lambda z: z,
+        log_likelihood_of_outputs=Partial(densities.normal, x, scale=jnp.ones(2)),
+    )
+    q, info = infsub.laplace_with_info(target, jnp.zeros(2))
+    np.testing.assert_allclose(q.mean, (4 + x) / 5, rtol=1e-4)
+    np.testing.assert_allclose(q.scale, np.eye(2) / np.sqrt(5), atol=1e-5)
+    truth = densities.normal(x, jnp.ones(2), jnp.sqrt(jnp.full(2, 1.25)))
+    np.testing.assert_allclose(info.log_px, truth, rtol=1e-4)
+
+
+def test_a_thousand_dimensions():
+    """A diagonal scale by default: the closest to the posterior, and memory that grows with D."""
+    model = linear_gaussian(1000, 300)
+    x = simulate(model, 1)[0]
+    q, info = infsub.laplace_with_info(model.target(x))
+    best = model.best_gaussian(x)
+    assert q.scale.shape == (1000,)
+    assert info.converged
+    np.testing.assert_allclose(q.scale, best.scale, rtol=1e-3)
+    assert model.kl(x, q) - model.kl(x, best) < 0.05
+    assert info.log_px < model.log_px(x)  # ½ Σ log of the diagonal overstates ½ log det P
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        (
+            jnp.zeros(2),
+            r"start must be z \[D=3\], a Gaussian, or several z \[S, D=3\]; got shape \(2,\)",
+        ),
+        (jnp.zeros((0, 3)), r"got shape \(0, 3\)"),
+        (Gaussian(jnp.zeros(4), jnp.ones(4)), r"got shape \(4,\)"),
+    ],
+)
+def test_bad_arguments_are_named(start, message):
+    target = Target(None, lambda z: jnp.sum(z), 3)
+    with pytest.raises(ValueError, match=message):
+        infsub.laplace(target, start)
+    with pytest.raises(ValueError, match="num_steps must be a positive integer; got 0"):
+        infsub.laplace(target, num_steps=0)
+    with pytest.raises(TypeError, match="log_likelihood must return a scalar"):
+        infsub.laplace(Target(None, lambda z: z, 3))
+    with pytest.raises(ValueError, match="outputs and log_likelihood_of_outputs go together"):
+        Target(None, lambda z: jnp.sum(z), 3, outputs=lambda z: z)
