@@ -7,13 +7,13 @@ Imports nothing heavy: `--help`, `--mode=status` and mistakes answer at once.
 
 from __future__ import annotations
 
-import copy
-import difflib
 import hashlib
 import json
-from collections.abc import Iterator
+import math
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -36,136 +36,194 @@ NOT_IDENTITY = (
     "report",
 )
 
-CHOICES = {
-    "model.posterior.name": tuple(FAMILIES),
-    "data.binarisation": ("threshold", "dynamic"),
-    "model.encoder.kind": ("mlp", "conv"),
-    "model.decoder.kind": ("mlp", "conv"),
-    "init_parts": ("all", "decoder"),
-    "train.objective": ("elbo", "iwae"),
-    "train.schedule": ("constant", "cosine", "burda"),
-    "train.annealing": ("none", "entropy", "kl"),
-    "train.freeze": ("none", "encoder", "decoder"),
-    "train.on": ("data", "model"),
-    "train.criterion": ("elbo", "iwae"),
-    "evaluate.split": ("train", "validation", "test", "model"),
-    "evaluate.ais.schedule": SCHEDULES,
-    "evaluate.ais.start": ("posterior", "local", "prior"),
-    "evaluate.ais.adaptation": ADAPTATIONS,
-    "evaluate.local.preset": tuple(RULES),
-}
 
-AT_LEAST_ONE = (
-    "model.latent_dim",
-    "train.num_epochs",
-    "train.batch_size",
-    "train.num_samples",
-    "train.num_seeds",
-    "train.validate_every",
-    "train.validation_samples",
-    "train.keep_last",
-    "train.picture_every",
-    "evaluate.elbo_samples",
-    "evaluate.iwae_samples",
-    "evaluate.ais.num_chains",
-    "evaluate.ais.num_temperatures",
-    "evaluate.ais.num_leapfrog",
-    "evaluate.local.max_steps",
+class Rule(NamedTuple):
+    """What a field's value must be.
+
+    Attributes:
+      wanted: in words, after "it must be".
+      holds: value -> whether it is.
+      choices: all values, where there are few.
+    """
+
+    wanted: str
+    holds: Callable[[Any], bool]
+    choices: tuple[str, ...] = ()
+
+
+class Field(NamedTuple):
+    """A field of the config.
+
+    Attributes:
+      default: its value, and its type.
+      help: what it is.
+      rule: what it must be.
+    """
+
+    default: Any
+    help: str
+    rule: Rule | None = None
+
+
+def one_of(*choices: str) -> Rule:
+    """The rule of a field that names one of a few."""
+    return Rule(f"one of {', '.join(choices)}", lambda value: value in choices, choices)
+
+
+def _is_folder(name: str) -> bool:
+    made = ("checkpoints", "tensorboard") if not name.startswith("seed_") else (name,)
+    return bool(re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", name)) and name not in made
+
+
+def _increases(steps: Any) -> bool:
+    try:
+        return not steps or bool(increasing_steps("", steps))
+    except ValueError:
+        return False
+
+
+POSITIVE = Rule("at least 1", lambda value: value >= 1)
+NOT_NEGATIVE = Rule("at least 0", lambda value: 0 <= value < math.inf)
+SEED = Rule("from 0 to 2147483647", lambda value: 0 <= value < 2**31)
+NETWORK = one_of("mlp", "conv")
+FOLDER = Rule(
+    "the name of a folder that the run does not make itself, of at most 100 letters, digits, _ - .",
+    lambda value: value == "" or _is_folder(value),
 )
-NOT_NEGATIVE = (
-    "train.learning_rate",
-    "train.adam_epsilon",
-    "train.gradient_clip",
-    "train.annealing_epochs",
-    "train.max_skipped",
-    "train.patience",
-    "train.keep_every",
-    "train.checkpoint_seconds",
-    "evaluate.grid",
+CHECKPOINT = Rule(
+    "best, last or epoch_<n>", lambda value: bool(re.fullmatch(r"best|last|epoch_\d+", value))
 )
+FAMILY_NAMES = Rule(
+    f"a tuple of names among {', '.join(FAMILIES)}", lambda value: set(value) <= FAMILIES.keys()
+)
+STEPS = Rule("increasing integers of at least 0, such as (0, 1, 3, 10), or ()", _increases)
+
+
+def _network(part: str, hidden: str) -> dict[str, Field]:
+    return {
+        f"model.{part}.kind": Field("mlp", "conv: 4x4 kernels, stride 2, batch norm", NETWORK),
+        f"model.{part}.hidden": Field((200, 200), hidden),
+        f"model.{part}.activation": Field("elu", "elu | relu | tanh | sigmoid"),
+        f"model.{part}.init": Field("xavier_uniform", "or xavier_normal | gaussian"),
+    }
+
+
+FIELDS = {
+    "seed": Field(0, "of all that is random", SEED),
+    "data.name": Field(
+        "mnist5k", "or binarized_mnist | mnist | fashion_mnist | cifar10, once prepared"
+    ),
+    "data.dir": Field("", 'the TFDS directory; "" is its own default'),
+    "data.binarisation": Field(
+        "threshold", "at 0.5, or drawn anew each time", one_of("threshold", "dynamic")
+    ),
+    "data.levels": Field(2, "of a pixel: 2 is Bernoulli, more a discretised logistic", POSITIVE),
+    "model.latent_dim": Field(50, "of z", POSITIVE),
+    **_network("encoder", "widths, or channels of conv; () is linear"),
+    **_network("decoder", "from z to x; as the encoder's"),
+    "model.posterior.name": Field("gaussian", "the encoder's family", one_of(*FAMILIES)),
+    "init_from": Field("", "a run's workdir: start from its weights"),
+    "init_parts": Field("all", "what to take from it", one_of("all", "decoder")),
+    "train.num_epochs": Field(100, "passes over the training data", POSITIVE),
+    "train.batch_size": Field(100, "datapoints a step", POSITIVE),
+    "train.num_samples": Field(1, "Monte Carlo samples a datapoint", POSITIVE),
+    "train.objective": Field("elbo", "iwae is of num_samples", one_of("elbo", "iwae")),
+    "train.schedule": Field(
+        "constant",
+        "burda: 1e-3·10^(−i/7) for 3^i epochs, i = 0 … 7",
+        one_of("constant", "cosine", "burda"),
+    ),
+    "train.learning_rate": Field(1e-3, "at the first step", NOT_NEGATIVE),
+    "train.adam_epsilon": Field(1e-4, "of Adam(0.9, 0.999); the authors'", NOT_NEGATIVE),
+    "train.gradient_clip": Field(0.0, "largest global norm of the gradient; 0: none", NOT_NEGATIVE),
+    "train.annealing": Field(
+        "none",
+        "entropy: w·log q; kl: w·(log p(z) − log q)",
+        one_of("none", "entropy", "kl"),
+    ),
+    "train.annealing_epochs": Field(0, "over which w rises linearly from 0 to 1", NOT_NEGATIVE),
+    "train.freeze": Field(
+        "none", "stays bit for bit as it is", one_of("none", "encoder", "decoder")
+    ),
+    "train.on": Field(
+        "data", "model: x ~ p(x) of the frozen decoder, new in every step", one_of("data", "model")
+    ),
+    "train.num_seeds": Field(1, "models trained at once, of seed, seed + 1, …", POSITIVE),
+    "train.max_skipped": Field(100, "non-finite steps before the run stops", NOT_NEGATIVE),
+    "train.validate_every": Field(1, "epochs", POSITIVE),
+    "train.validation_samples": Field(10, "a datapoint", POSITIVE),
+    "train.criterion": Field(
+        "elbo", "on validation data, chooses the best checkpoint", one_of("elbo", "iwae")
+    ),
+    "train.patience": Field(0, "epochs without improvement to the end; 0: no end", NOT_NEGATIVE),
+    "train.checkpoint_seconds": Field(30.0, "between two checkpoints", NOT_NEGATIVE),
+    "train.keep_last": Field(3, "checkpoints", POSITIVE),
+    "train.keep_every": Field(0, "epochs: checkpoints kept for good; 0: none", NOT_NEGATIVE),
+    "train.picture_every": Field(10, "epochs", POSITIVE),
+    "evaluate.name": Field("", "a folder, for a second evaluation of the run", FOLDER),
+    "evaluate.split": Field(
+        "train",
+        "model: x ~ p(x), simulated",
+        one_of("train", "validation", "test", "model"),
+    ),
+    "evaluate.per_class": Field(10, "points of each class; 0: not so", NOT_NEGATIVE),
+    "evaluate.first": Field(0, "n points; 0, and 0 per class: all", NOT_NEGATIVE),
+    "evaluate.indices_file": Field("", "of indices into the split, one a line"),
+    "evaluate.block_size": Field(0, "datapoints a dispatch; 0: as the device likes", NOT_NEGATIVE),
+    "evaluate.checkpoint": Field("best", "on validation data, or last, or epoch_<n>", CHECKPOINT),
+    "evaluate.elbo_samples": Field(1000, "of L[q]", POSITIVE),
+    "evaluate.iwae_samples": Field(5000, "of IWAE", POSITIVE),
+    "evaluate.ais.num_chains": Field(16, "a datapoint", POSITIVE),
+    "evaluate.ais.num_temperatures": Field(100, "and transitions of each chain", POSITIVE),
+    "evaluate.ais.num_leapfrog": Field(10, "steps a transition", POSITIVE),
+    "evaluate.ais.schedule": Field("linear", "of the temperatures", one_of(*SCHEDULES)),
+    "evaluate.ais.start": Field(
+        "posterior",
+        "q(z|x), or local: q* of the first family",
+        one_of("posterior", "local", "prior"),
+    ),
+    "evaluate.ais.adaptation": Field("pilot", "of the step sizes", one_of(*ADAPTATIONS)),
+    "evaluate.local.families": Field(("gaussian",), "whose L[q*] is found", FAMILY_NAMES),
+    "evaluate.local.preset": Field("fast", "the rule of optimisation", one_of(*RULES)),
+    "evaluate.local.max_steps": Field(20_000, "who needs more is listed", POSITIVE),
+    "evaluate.local.curve": Field((), "numbers of steps to take L[q] after", STEPS),
+    "evaluate.bdmc.num_points": Field(
+        0, "simulated points for the certificate; 0: none", NOT_NEGATIVE
+    ),
+    "evaluate.grid": Field(
+        0, "cells a side of a quadrature, for latent_dim=2; 0: none", NOT_NEGATIVE
+    ),
+    "report.min_ess": Field(4.0, "AIS of fewer effective chains is listed", NOT_NEGATIVE),
+    "report.max_pareto_k": Field(0.7, "IWAE of a heavier tail is listed", NOT_NEGATIVE),
+}
 
 
 def default() -> Config:
     """Every field with its default; locked, so that a misspelt one is an error, not a new field."""
-    network = {
-        "kind": "mlp",  # mlp | conv (4x4 kernels, stride 2, batch norm)
-        "hidden": (200, 200),  # widths, or channels of conv; () is a linear map
-        "activation": "elu",  # elu | relu | tanh | sigmoid
-        "init": "xavier_uniform",  # xavier_uniform | xavier_normal | gaussian
-    }
-    config = {
-        "seed": 0,
-        "data": {
-            "name": "mnist5k",  # binarized_mnist | mnist | fashion_mnist | cifar10 | mnist5k
-            "dir": "",  # the TFDS directory; "" is TFDS's own default
-            "binarisation": "threshold",  # threshold (at 0.5) | dynamic (drawn anew each time)
-            "levels": 2,  # grey levels a channel: 2 is Bernoulli, more is discretised logistic
-        },
-        "model": {
-            "latent_dim": 50,
-            "encoder": copy.deepcopy(network),
-            "decoder": copy.deepcopy(network),
-            "posterior": {"name": "gaussian"},  # see `posterior`
-        },
-        "init_from": "",  # a run's workdir: start from its weights
-        "init_parts": "all",  # all | decoder: what to take from it
-        "train": {
-            "num_epochs": 100,
-            "batch_size": 100,
-            "num_samples": 1,  # Monte Carlo samples a datapoint
-            "objective": "elbo",  # elbo | iwae (of num_samples)
-            "schedule": "constant",  # constant | cosine | burda (1e-3·10^(−i/7) for 3^i epochs)
-            "learning_rate": 1e-3,  # at the first step
-            "adam_epsilon": 1e-4,  # the authors' setting; Adam(0.9, 0.999)
-            "gradient_clip": 0.0,  # largest global norm of the gradient; 0: none
-            "annealing": "none",  # none | entropy: w·log q | kl: w·(log p(z) − log q)
-            "annealing_epochs": 0,  # w rises linearly from 0 to 1 over so many epochs
-            "freeze": "none",  # none | encoder | decoder: stays bit for bit as it is
-            "on": "data",  # data | model: x ~ p(x) of the frozen decoder, fresh in every step
-            "num_seeds": 1,  # models trained at once, seeds seed, seed + 1, …
-            "max_skipped": 100,  # non-finite steps skipped before the run stops
-            "validate_every": 1,  # epochs
-            "validation_samples": 10,  # a datapoint
-            "criterion": "elbo",  # elbo | iwae: on validation data, chooses the best checkpoint
-            "patience": 0,  # epochs without improvement before stopping; 0: never stop early
-            "checkpoint_seconds": 30.0,
-            "keep_last": 3,  # checkpoints, beside the best one
-            "keep_every": 0,  # epochs: checkpoints kept for good, to follow the gaps; 0: none
-            "picture_every": 10,  # epochs
-        },
-        "evaluate": {
-            "name": "",  # a folder in the workdir, for a second evaluation of the same run
-            "split": "train",  # train | validation | test | model: x ~ p(x), simulated
-            "per_class": 10,  # class-balanced points; 0: `first` points instead
-            "first": 0,  # the first n points; 0 with per_class=0: all
-            "indices_file": "",  # a file of indices into the split, one a line
-            "block_size": 0,  # datapoints a dispatch; 0: chosen for the device
-            "checkpoint": "best",  # best | last | epoch_<n>
-            "elbo_samples": 1000,
-            "iwae_samples": 5000,
-            "ais": {
-                "num_chains": 16,
-                "num_temperatures": 100,
-                "num_leapfrog": 10,
-                "schedule": "linear",
-                "start": "posterior",  # posterior: from q(z|x) | local: from L[q*]'s q* | prior
-                "adaptation": "pilot",  # pilot | authors
-            },
-            "local": {
-                "families": ("gaussian",),
-                "preset": "fast",  # fast | authors
-                "max_steps": 20_000,  # an optimisation that has not converged by then is listed
-                "curve": (),  # numbers of steps, such as (0, 1, 3, 10), to take L[q] after
-            },
-            "bdmc": {"num_points": 0},  # simulated points for the certificate; 0: none
-            "grid": 0,  # log p(x) by quadrature on so many cells a side, for latent_dim=2; 0: none
-        },
-        "report": {
-            "min_ess": 4.0,  # AIS estimates of fewer effective chains are listed
-            "max_pareto_k": 0.7,  # IWAE estimates of a heavier tail are listed
-        },
-    }
+    config: dict[str, Any] = {}
+    for name, field in FIELDS.items():
+        *sections, last = name.split(".")
+        place = config
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = field.default
     return ConfigDict(config).lock()
+
+
+def listing() -> str:
+    """A line for every field: NAME=DEFAULT, what it is, [its choices]; --help shows it."""
+    lines = []
+    for name, field in FIELDS.items():
+        choices = " | ".join(field.rule.choices) if field.rule else ""
+        lines.append(f"{f'{name}={field.default}':<38}{field.help}{choices and f' [{choices}]'}")
+        if name == "model.posterior.name":
+            lines += [
+                f"model.posterior.* of {family}: "
+                + ", ".join(f"{option}={value}" for option, value in row.defaults.items())
+                for family, row in FAMILIES.items()
+                if row.defaults
+            ]
+    return "\n".join(lines)
 
 
 def variant(arg: str | None, **defaults: str) -> dict[str, str]:
@@ -215,17 +273,11 @@ def resolve(config: Config) -> Config:
             problem = "an unknown field" if name in values else "no field"
             raise UserError(f"the config has {problem} {name}: let it start from config.default().")
     config.model.posterior = posterior(**config.model.posterior)
-    for name, choices in CHOICES.items():
-        if values[name] not in choices:
-            raise UserError(
-                f"config.{name} is {values[name]!r}; it must be one of {', '.join(choices)}."
-            )
-    for name in AT_LEAST_ONE:
-        if values[name] < 1:
-            raise UserError(f"config.{name} is {values[name]!r}; it must be at least 1.")
-    for name in NOT_NEGATIVE:
-        if not values[name] >= 0:
-            raise UserError(f"config.{name} is {values[name]!r}; it must not be negative.")
+    for name, field in FIELDS.items():
+        value, kind, rule = values[name], type(field.default), field.rule
+        if not isinstance(value, kind) or (rule and not rule.holds(value)):
+            wanted = rule.wanted if rule else f"of type {kind.__name__}"
+            raise UserError(f"config.{name} is {value!r}; it must be {wanted}.")
     if config.train.freeze == "decoder" and not config.init_from:
         raise UserError(
             "config.train.freeze=decoder would freeze an untrained decoder; "
@@ -242,22 +294,16 @@ def resolve(config: Config) -> Config:
             "config.evaluate.split=model has no last datapoint: give config.evaluate.first=N, how "
             "many to simulate."
         )
-    for family in evaluate.local.families:
-        if family not in FAMILIES:
-            raise UserError(
-                f"config.evaluate.local.families has {family!r}; each must be one of "
-                f"{', '.join(FAMILIES)}."
-            )
     if evaluate.ais.start == "local" and not evaluate.local.families:
         raise UserError(
             "config.evaluate.ais.start=local starts from the first of config.evaluate.local.families, "
             "and there is none."
         )
-    if evaluate.local.curve:
-        try:
-            increasing_steps("config.evaluate.local.curve", evaluate.local.curve)
-        except ValueError as error:
-            raise UserError(f"{error}.") from error
+    if evaluate.ais.schedule == "adaptive" and evaluate.ais.adaptation != "pilot":
+        raise UserError(
+            "config.evaluate.ais.schedule=adaptive is found in the pilot run: it needs "
+            "config.evaluate.ais.adaptation=pilot."
+        )
     if evaluate.grid and config.model.latent_dim != 2:
         raise UserError(
             f"config.evaluate.grid={evaluate.grid} needs config.model.latent_dim=2, a plane "
@@ -271,42 +317,17 @@ def resolve(config: Config) -> Config:
     return config.lock()
 
 
-def config_first(argv: list[str]) -> list[str]:
-    """`argv` itself, put into the order config_flags insists on: --config before its overrides."""
-    argv.sort(key=lambda argument: argument.startswith("--config.") and "=" in argument)
-    return argv
-
-
-def explain(argv: list[str], error: Exception) -> str:
-    """One sentence for a mistake on the command line, or in the config file it names."""
-    if isinstance(error, UserError):
-        return str(error)
-    files = [a.partition("=")[2] for a in argv if a.startswith("--config=")]
-    overrides = [a[9:].partition("=")[0] for a in argv if a.startswith("--config.")]
-    if overrides and not files:
-        return "--config.field=value changes a config file's field: give --config=FILE.py too."
-    if files and not Path(files[-1].partition(":")[0]).is_file():
-        return f"--config={files[-1]}: there is no such file."
-    if isinstance(error, AttributeError | KeyError):
-        known = [name for name, _ in flatten(default())]
-        for name in overrides:
-            if name not in known:
-                similar = difflib.get_close_matches(name, known, 1)
-                hint = f"did you mean config.{similar[0]}?" if similar else "see infsub/config.py."
-                return f"there is no field config.{name}: {hint}"
-    reason = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
-    kind = type(error).__name__
-    where = "" if type(error).__module__.startswith("absl") else f"--config={files[-1]} failed: "
-    return f"{where}{reason if where == '' or kind in reason else f'{kind}: {reason}'}."
-
-
 def to_json(config: Config) -> dict[str, Any]:
     """The config as plain JSON values, tuples as lists."""
     return json.loads(json.dumps(config.to_dict()))
 
 
 def from_json(values: dict[str, Any]) -> Config:
-    """The inverse of `to_json`; fields that were added since take their defaults."""
+    """The inverse of `to_json`; fields that were added since take their defaults.
+
+    Raises:
+      UserError: a value of another type than its field's.
+    """
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -314,7 +335,11 @@ def from_json(values: dict[str, Any]) -> Config:
         return tuple(plain(v) for v in value) if isinstance(value, list) else value
 
     config = default().unlock()
-    config.update(plain(values))
+    try:
+        config.update(plain(values))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"the saved config does not fit infsub's fields: {reason}.") from error
     return config.lock()
 
 

@@ -3,13 +3,14 @@
   python -m infsub.main --config=configs/quickstart.py --workdir=runs/quickstart
 
 trains the config's model, evaluates its bounds datapoint by datapoint and reports the gaps; again,
-it continues where it was stopped. Any field of infsub/config.py is a flag: --config.seed=1. --mode
+it continues where it was stopped. Any of the fields below is a flag: --config.seed=1. --mode
 does one part alone, by the workdir's own config if there is no --config; status says what is done.
 Exit codes: 0 done, 1 failed, 2 a mistake in the command, 130 Ctrl-C and 143 SIGTERM (saved).
 """
 
 from __future__ import annotations
 
+import difflib
 import sys
 from pathlib import Path
 
@@ -21,16 +22,47 @@ from infsub import experiments, files, records
 from infsub.types import UserError
 
 MODES = ["run", "train", "evaluate", "report", "status"]
-CONFIG = config_flags.DEFINE_config_file("config", None, "FILE.py, or FILE.py:name=value,… .")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, f"FILE.py, or FILE.py:name=value,… . Fields:\n{configs.listing()}"
+)
 WORKDIR = flags.DEFINE_string("workdir", "", "Where everything is written.")
 MODE = flags.DEFINE_enum("mode", "run", MODES, "run is train, evaluate and report.")
 CELLS = flags.DEFINE_list("cells", [], "Of an experiment: run only these cells, NAME,NAME,… .")
 
 
+def config_first(argv: list[str]) -> list[str]:
+    """`argv` itself, put into the order config_flags insists on: --config before its overrides."""
+    argv.sort(key=lambda argument: argument.startswith("--config.") and "=" in argument)
+    return argv
+
+
+def explain(argv: list[str], error: Exception) -> str:
+    """One sentence for a mistake on the command line, or in the config file it names."""
+    if isinstance(error, UserError):
+        return str(error)
+    files = [a.partition("=")[2] for a in argv if a.startswith("--config=")]
+    overrides = [a[9:].partition("=")[0] for a in argv if a.startswith("--config.")]
+    if overrides and not files:
+        return "--config.field=value changes a config file's field: give --config=FILE.py too."
+    if files and not Path(files[-1].partition(":")[0]).is_file():
+        return f"--config={files[-1]}: there is no such file."
+    if isinstance(error, AttributeError | KeyError):
+        known = [name for name, _ in configs.flatten(configs.default())]
+        for name in overrides:
+            if name not in known:
+                similar = difflib.get_close_matches(name, known, 1)
+                hint = f"did you mean config.{similar[0]}?" if similar else "--help lists them."
+                return f"there is no field config.{name}: {hint}"
+    reason = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
+    kind = type(error).__name__
+    where = "" if type(error).__module__.startswith("absl") else f"--config={files[-1]} failed: "
+    return f"{where}{reason if where == '' or kind in reason else f'{kind}: {reason}'}."
+
+
 def parse(argv: list[str]) -> list[str]:
     """absl's flags; any mistake in them ends the program with one sentence and code 2."""
     try:
-        if rest := flags.FLAGS(configs.config_first(argv))[1:]:
+        if rest := flags.FLAGS(config_first(argv))[1:]:
             raise UserError(f"{rest[0]!r} is no flag; flags start with --.")
         if not WORKDIR.value:
             raise UserError("--workdir is missing: give a directory, such as --workdir=runs/first.")
@@ -39,7 +71,7 @@ def parse(argv: list[str]) -> list[str]:
     except SystemExit:  # absl has shown the help
         sys.exit(0)
     except Exception as error:  # a config file may raise anything
-        files.say(configs.explain(argv, error))
+        files.say(explain(argv, error))
         sys.exit(2)
 
 

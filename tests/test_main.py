@@ -86,7 +86,7 @@ MISTAKES = {
     ),
     "curve": (
         ["W", QUICK, "--config.evaluate.local.curve=(0,3,1)"],
-        r"config.evaluate.local.curve must be increasing .*got \(0, 3, 1\)",
+        r"config.evaluate.local.curve is \(0, 3, 1\); it must be increasing",
     ),
     "start of AIS": (
         ["W", QUICK, "--config.evaluate.ais.start=encoder"],
@@ -98,7 +98,20 @@ MISTAKES = {
     ),
     "family": (
         ["W", QUICK, "--config.evaluate.local.families=('iaf',)"],
-        "families has 'iaf'; each must be one of gaussian",
+        r"families is \('iaf',\); it must be a tuple of names among gaussian",
+    ),
+    "folder": (
+        ["W", QUICK, "--config.evaluate.name=../outside"],
+        "name is '../outside'; it must be the name of a folder",
+    ),
+    "no pilot": (
+        [
+            "W",
+            QUICK,
+            "--config.evaluate.ais.schedule=adaptive",
+            "--config.evaluate.ais.adaptation=authors",
+        ],
+        "it needs config.evaluate.ais.adaptation=pilot",
     ),
     "no family": (
         ["W", QUICK, "--config.evaluate.ais.start=local", "--config.evaluate.local.families=()"],
@@ -154,6 +167,8 @@ def test_help_and_import_take_seconds():
     assert shown.returncode == 0
     assert "--workdir" in shown.stdout
     assert "python -m infsub.main --config=" in shown.stdout
+    for name in configs.FIELDS:
+        assert f" {name}=" in shown.stdout
     assert time.monotonic() - start < 30  # a busy machine; on an idle one it is three
 
 

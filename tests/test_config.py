@@ -1,0 +1,135 @@
+"""The table of fields: defaults that keep their own rules, values that nothing could use, one list."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from infsub import config
+from infsub.types import UserError
+
+ROOT = Path(__file__).parent.parent
+BAD = [
+    ("seed", None),
+    ("data.dir", None),
+    ("seed", -1),
+    ("seed", 2**31),
+    ("data.levels", 0),
+    ("model.latent_dim", 0),
+    ("model.encoder.kind", "transformer"),
+    ("model.posterior.name", "iaf"),
+    ("train.learning_rate", -1e-3),
+    ("train.learning_rate", float("nan")),
+    ("train.gradient_clip", float("inf")),
+    ("train.patience", -1),
+    ("train.batch_size", 0),
+    *(("evaluate.name", name) for name in ("a/b", "/tmp/x", "..", ".", ".hidden", "x" * 101)),
+    *(
+        ("evaluate.name", name)
+        for name in ("checkpoints", "tensorboard", "seed_0", "a b", "é", "\0")
+    ),
+    ("evaluate.block_size", -1),
+    ("evaluate.per_class", -1),
+    ("evaluate.first", -1),
+    ("evaluate.checkpoint", "epoch_"),
+    ("evaluate.checkpoint", "../best"),
+    ("evaluate.elbo_samples", 0),
+    ("evaluate.ais.schedule", "cubic"),
+    ("evaluate.ais.start", "encoder"),
+    ("evaluate.ais.adaptation", "none"),
+    ("evaluate.local.families", ("gaussian", "iaf")),
+    ("evaluate.local.preset", "slow"),
+    ("evaluate.local.curve", (0, 3, 1)),
+    ("evaluate.bdmc.num_points", -1),
+    ("evaluate.grid", -1),
+    ("report.min_ess", -1.0),
+]
+
+
+def changed(fields):
+    made = config.default()
+    made.update_from_flattened_dict(fields)
+    return made
+
+
+@pytest.mark.parametrize(("name", "value"), BAD, ids=lambda value: repr(value)[:20])
+def test_a_value_that_nothing_could_use_is_named(name, value):
+    with pytest.raises(UserError) as error:
+        config.resolve(changed({name: value}))
+    said = str(error.value)
+    assert said.startswith(f"config.{name} is {value!r}; it must be ")
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (
+            {"evaluate.ais.schedule": "adaptive", "evaluate.ais.adaptation": "authors"},
+            "schedule=adaptive is found in the pilot run: it needs .*adaptation=pilot",
+        ),
+        ({"train.annealing": "kl"}, "annealing=kl needs config.train.annealing_epochs of at"),
+        ({"train.freeze": "decoder"}, "would freeze an untrained decoder; give config.init_from"),
+    ],
+    ids=str,
+)
+def test_values_that_contradict_each_other_are_named(fields, said):
+    with pytest.raises(UserError, match=said):
+        config.resolve(changed(fields))
+
+
+@pytest.mark.parametrize("name", ["test", "test-1f3a9c", "a.b", "Validation_2", "x" * 100])
+def test_an_evaluation_may_be_called(name):
+    assert config.resolve(changed({"evaluate.name": name})).evaluate.name == name
+
+
+def test_the_table_is_the_config():
+    made = dict(config.flatten(config.default()))
+    assert made == {name: field.default for name, field in config.FIELDS.items()}
+    config.resolve(config.default())  # every default keeps its rule
+    assert all(field.help for field in config.FIELDS.values())
+
+
+def test_the_readme_lists_the_fields_as_they_are():
+    """Made anew by: python -c "from infsub import config; print(config.listing())"."""
+    assert f"```\n{config.listing()}\n```" in (ROOT / "configs/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"seed": "one"}, {"train": 3}, {"train": {"num_epochs": [1]}}],
+    ids=str,
+)
+def test_a_saved_config_of_other_types_is_named(values):
+    with pytest.raises(UserError, match="the saved config does not fit infsub's fields: "):
+        config.from_json(values)
+
+
+def test_identity_covers_the_whole_config():
+    # Every field but those that cannot change a weight: a forgotten one would load wrong weights.
+    base = config.resolve(config.default())
+    fields = dict(config.flatten(base))
+    same, changed = set(), set()
+    for name, value in fields.items():
+        other = config.default().unlock()
+        section, _, field = name.rpartition(".")
+        place = other
+        for part in filter(None, section.split(".")):
+            place = place[part]
+        more = {str: "x", tuple: (9,)}.get(type(value), 1)
+        place[field] = value + more
+        equal = config.identity(other, "d") == config.identity(base, "d")
+        (same if equal else changed).add(name)
+    assert {n for n in same if not n.startswith(("evaluate.", "report."))} == {
+        "data.dir",
+        "init_from",
+        "train.checkpoint_seconds",
+        "train.keep_last",
+        "train.picture_every",
+    }
+    assert not {n for n in changed if n.startswith(("evaluate.", "report."))}
+    assert config.identity(base, "d") != config.identity(base, "e")
+    assert config.identity(base, "d") != config.identity(base, "d", "weights")
+    assert json.loads(json.dumps(config.identified(base, "d"))) == config.identified(base, "d")
