@@ -1,5 +1,10 @@
 """Where a variational autoencoder's inference loses its nats: the public API."""
 
+from infsub import signals
+
+if signals.is_command():  # the library leaves signals alone; the command hears them from here on
+    signals.watch()
+
 from infsub import posteriors
 from infsub.ais import ais, ais_with_info
 from infsub.bdmc import bdmc, reverse_ais

@@ -1,7 +1,7 @@
 """Checkpoints that survive `kill -9`: orbax writes aside and renames; a checksum tells when read.
 
-A checkpoint is a flat dict of arrays, {"variables/encoder/params/…": …}, and a SHA-256 of them all:
-nothing of it is code.
+A checkpoint is a flat dict of arrays, {"variables/encoder/params/…": …}, with the identity of the run
+it is of and a SHA-256 of them all: nothing of it is code.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from infsub import records
 from infsub.types import UserError
 from infsub.vae import Variables, make_vae
 
-_CHECKSUM = "sha256"
+_CHECKSUM, _IDENTITY = "sha256", "identity"
 
 
 class Checkpoints:
@@ -29,14 +29,17 @@ class Checkpoints:
 
     Args:
       directory: made when missing.
+      identity: of the run; a checkpoint of another run is refused.
       keep_last: newest checkpoints that are kept.
       keep_every: steps; checkpoints at its multiples are kept for good; 0: none.
     """
 
-    def __init__(self, directory: Path, keep_last: int = 3, keep_every: int = 0) -> None:
+    def __init__(
+        self, directory: Path, identity: str, keep_last: int = 3, keep_every: int = 0
+    ) -> None:
         import orbax.checkpoint as ocp
 
-        self._directory = directory
+        self._directory, self._identity = directory, identity
         self._keep_last, self._keep_every = keep_last, keep_every
         self._writer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
         self._save_args = ocp.args.PyTreeSave
@@ -54,6 +57,7 @@ class Checkpoints:
         self._directory.mkdir(exist_ok=True)
         # Copies: the training step is about to reuse the device's buffers.
         arrays = {name: np.array(leaf) for name, leaf in _flatten(tree).items() if leaf.size}
+        arrays[_IDENTITY] = np.frombuffer(self._identity.encode(), np.uint8)
         arrays[_CHECKSUM] = _checksum(arrays)
         self._writer.save(path.absolute(), args=self._save_args(arrays))
 
@@ -69,7 +73,7 @@ class Checkpoints:
         """The tree of `step`, like `template`; None, with a warning, when it is damaged."""
         path = self._directory / f"{step:08d}"
         try:
-            return read(path, template)
+            return read(path, template, self._identity)
         except Damaged as error:
             logging.warning("%s; falling back to the one before.", error)
             os.replace(path, path.with_suffix(".damaged"))
@@ -117,16 +121,22 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def read(path: Path, template: Any) -> Any:
-    """The checkpoint at `path` as numpy arrays in the structure of `template`.
+def read(path: Path, template: Any, identity: str) -> Any:
+    """The checkpoint at `path` of the run of this identity, in the structure of `template`.
 
     Leaves that the checkpoint has and the template has not are left out.
 
     Raises:
       Damaged: as `read_arrays`.
-      UserError: the arrays are whole and do not fit the template.
+      UserError: the arrays are whole, and of another run or do not fit the template.
     """
     arrays, wanted = read_arrays(path), _flatten(template)
+    found = bytes(arrays.pop(_IDENTITY, np.zeros(0, np.uint8))).decode(errors="replace")
+    if found not in ("", identity):  # before this was written down, there is nothing to compare
+        raise UserError(
+            f"{path} is a checkpoint of run {found}, and its folder is of run {identity}: remove it, "
+            "or give the workdir that it is from."
+        )
     for name, leaf in wanted.items():
         if leaf.size and (name not in arrays or arrays[name].shape != leaf.shape):
             found = arrays[name].shape if name in arrays else "nothing"
@@ -164,7 +174,7 @@ def load_variables(workdir: str | Path, which: str = "best") -> tuple[Variables,
         raise UserError(f"{workdir} has no checkpoint {which}; it has {have}.")
     template = {name: variables, "progress": {"best_step": np.zeros((), np.int64)}}
     try:
-        tree = read(directory / f"{step:08d}", template)
+        tree = read(directory / f"{step:08d}", template, run["identity"])
     except Damaged as error:
         raise UserError(f"{error}; the training command run again makes it anew.") from error
     return tree[name], int(tree["progress"]["best_step"]) if which == "best" else step

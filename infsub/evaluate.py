@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from infsub import checkpoints, data, files, measure, posteriors, records, rows
+from infsub import checkpoints, data, files, locks, measure, posteriors, records, rows
 from infsub import config as configs
 from infsub.datapoints import map_datapoints
 from infsub.keys import Stream, named, stream
@@ -38,9 +38,16 @@ def evaluate(config: configs.Config, workdir: Path) -> list[int]:
       Indices of the datapoints at which an estimate is not finite.
 
     Raises:
-      UserError: no trained run; a choice of points the data cannot give; rows of other settings.
+      UserError: no trained run; a choice of points the data cannot give; rows of other settings;
+        another process is making this evaluation.
     """
-    run, settings = records.read_run(workdir), config.evaluate
+    run = records.read_run(workdir)  # first, so that no folder is made where no run is
+    with locks.owned(workdir / config.evaluate.name, "evaluation"):
+        return _evaluate(config, workdir, run)
+
+
+def _evaluate(config: configs.Config, workdir: Path, run: dict[str, Any]) -> list[int]:
+    settings = config.evaluate
     dataset = data.load(**{"data_dir" if k == "dir" else k: v for k, v in config.data.items()})
     variables, step = checkpoints.load_variables(workdir, settings.checkpoint)
     variables = jax.device_put(variables)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from infsub import config as configs
-from infsub import files, records
+from infsub import files, locks, records
 from infsub.types import UserError
 
 Fields = Mapping[str, Any]  # {dotted name of a config field: value}
@@ -256,7 +256,7 @@ def run(
       The exit code: 1 when a cell failed, else 0.
 
     Raises:
-      UserError: as `expand`, or an unknown cell in `only`.
+      UserError: as `expand`, an unknown cell in `only`, or another process runs this experiment.
       records.Stopped: SIGTERM or Ctrl-C while training.
     """
     cells = expand(config, workdir, overrides)
@@ -271,15 +271,15 @@ def run(
     for cell in reversed(cells):  # sources come before their users
         wanted |= set(cell.needs) if cell.name in wanted else set()
     folder = workdir / config.experiment.name
-    folder.mkdir(parents=True, exist_ok=True)
-    states: dict[str, str] = {}
-    for i, cell in enumerate(cells):
-        if cell.name not in wanted or _done(cell):
-            continue
-        files.say(f"{config.experiment.name}, cell {i + 1} of {len(cells)}: {cell.name}")
-        states[cell.name] = _run_cell(cell, folder, states)
-        _summarise(config, cells, states, folder, show=False)
-    failed = _summarise(config, cells, states, folder, show=True)
+    with locks.owned(folder, "experiment"):
+        states: dict[str, str] = {}
+        for i, cell in enumerate(cells):
+            if cell.name not in wanted or _done(cell):
+                continue
+            files.say(f"{config.experiment.name}, cell {i + 1} of {len(cells)}: {cell.name}")
+            states[cell.name] = _run_cell(cell, folder, states)
+            _summarise(config, cells, states, folder, show=False)
+        failed = _summarise(config, cells, states, folder, show=True)
     return 1 if failed & wanted else 0
 
 

@@ -6,6 +6,7 @@ Every file is written aside and renamed, or appended to line by line.
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
@@ -86,8 +87,24 @@ class Progress:
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file so that a reader sees the old one or the new one, whole."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_bytes(content)
-    os.replace(aside, path)
+    try:
+        aside.write_bytes(content)
+        os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, says that a disk or a quota is full."""
+    while error is not None:
+        # tensorstore, under orbax, has it in its words alone.
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "ENOSPC" in str(error):
+            return True
+        if "No space left on device" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def write_json(path: Path, value: Any) -> None:

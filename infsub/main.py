@@ -95,6 +95,14 @@ def main(_: list[str]) -> int:
     except (UserError, records.Stopped, KeyboardInterrupt) as error:
         files.say(str(error) or "stopped; the same command continues.")
         return getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 2)
+    except Exception as error:
+        if not files.is_full(error):
+            raise
+        files.say(
+            f"no space is left for {workdir}: the last checkpoint and all whole rows are kept; make "
+            "room, and the same command continues."
+        )
+        return 1
     return 0
 
 

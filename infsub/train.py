@@ -6,8 +6,6 @@ bit, as if there had been none.
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from infsub import config as configs
-from infsub import data, files, records
+from infsub import data, files, locks, records, signals
 from infsub.checkpoints import Checkpoints, load_variables
 from infsub.train_step import (
     MAX_EPOCHS,
@@ -38,29 +36,6 @@ from infsub.vae import Variables, make_vae
 SECONDS = 1.0  # what a dispatch may take, so that a signal is heard and progress shown
 
 
-class StopRequests:
-    """While entered, SIGTERM and Ctrl-C are noted instead of obeyed; a second Ctrl-C is obeyed."""
-
-    def __init__(self) -> None:
-        self.signal_number = 0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopRequests:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _frame: Any) -> None:
-        if self.signal_number == signal.SIGINT == number:
-            raise KeyboardInterrupt
-        self.signal_number = number
-
-
 class Member:
     """One model of a run: its workdir, and what decides when it ends.
 
@@ -71,8 +46,9 @@ class Member:
 
     def __init__(self, config: configs.Config, workdir: Path, keep_every_steps: int) -> None:
         self.config, self.workdir = config, workdir
+        identity = records.read_run(workdir)["identity"]
         self.checkpoints = Checkpoints(
-            workdir / "checkpoints", config.train.keep_last, keep_every_steps
+            workdir / "checkpoints", identity, config.train.keep_last, keep_every_steps
         )
         self.progress = {
             "step": np.asarray(0),
@@ -154,11 +130,18 @@ def train(config: configs.Config, workdir: str | Path) -> None:
         events and pictures; of several seeds, seed_0 … in it get them, each a run of its own.
 
     Raises:
-      UserError: settings that cannot work, or a workdir that is another run's.
+      UserError: settings that cannot work, or a workdir that is another run's, or that another
+        process is training.
       records.Stopped: SIGTERM or Ctrl-C, after a checkpoint; or more than config.train.max_skipped
         steps were not finite.
     """
-    run = Run(configs.resolve(config), Path(workdir))
+    config, workdir = configs.resolve(config), Path(workdir)
+    with locks.owned(workdir, "training"):
+        _train(config, workdir)
+
+
+def _train(config: configs.Config, workdir: Path) -> None:
+    run = Run(config, workdir)
     if not run.active:
         files.say(f"the training of {workdir} is done.")
     else:
@@ -244,6 +227,11 @@ class Run:
         lanes = jax.tree.map(np.array, self.states._asdict() | {"best": self.best})
         template = _lane(lanes, 0) | {"progress": members[0].progress}
         common = set.intersection(*(set(m.checkpoints.steps()) for m in members))
+        if beyond := [step for step in common if step > self.total]:
+            raise UserError(
+                f"{self.workdir} has a checkpoint of step {max(beyond)}, and its training ends at step "
+                f"{self.total}: it is of another run; remove it."
+            )
         for step in sorted(common, reverse=True):
             trees = [member.checkpoints.restore(template, step) for member in members]
             if None not in trees:
@@ -282,9 +270,9 @@ class Run:
         """Trains until all members have ended, or a signal comes."""
         bar = files.Progress(self.total, "train", done=self.step)
         chunk, saved = 8, time.monotonic()
-        with StopRequests() as stop:
+        with signals.noted() as stop:
             self._end_members()
-            while self.active and not stop.signal_number:
+            while self.active and not stop.number:
                 begin, start = self.step, time.monotonic()
                 self.step = min(begin + chunk, self._boundary(begin))
                 self.states, rows = train_chunk(
@@ -307,11 +295,11 @@ class Run:
                 bar.update(self.step, note)
                 records.write_progress(self.workdir, bar, speed)
         bar.close()
-        if stop.signal_number:
+        if stop.number:
             self._save()
             raise records.Stopped(
                 f"stopped at step {self.step}, saved; the same command continues from there.",
-                exit_code=128 + stop.signal_number,
+                exit_code=128 + stop.number,
             )
 
     def _boundary(self, step: int) -> int:

@@ -56,6 +56,7 @@ def child(request: dict[str, Any]) -> int:
     os.dup2(log, 1)
     os.dup2(log, 2)
     try:
+        signals.watch()  # as the command does, before it imports jax
         sys.argv = ["infsub", *request["argv"]]
         app.run(main.main, flags_parser=main.parse)
     except SystemExit as end:
@@ -105,7 +106,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 if __name__ == "__main__":
     from absl import app
 
-    from infsub import main
+    from infsub import main, signals
 
     for name in (
         "infsub.evaluate",

@@ -16,6 +16,7 @@ import pytest
 from forks import Command, commands
 
 from infsub import checkpoints, files
+from infsub.types import UserError
 
 HERE = Path(__file__).parent
 FILES = ("metrics.jsonl", "metrics.csv", "summary.json", "samples.png", "reconstructions.png")
@@ -166,6 +167,32 @@ def test_a_finished_run_is_left_alone(command: Command, whole: Path) -> None:
     after = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()}
     after.pop(whole / "config.json")
     assert before == after
+
+
+def test_a_checkpoint_of_another_run_is_refused(
+    command: Command, whole: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    run = files.read_json(whole / "config.json")
+    files.write_json(tmp_path / "config.json", run | {"identity": "of another"})
+    with pytest.raises(UserError, match="is a checkpoint of run"):
+        checkpoints.load_variables(tmp_path)
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copytree(whole / "checkpoints", other / "checkpoints")
+    shutil.copy(whole / "config.json", other)
+    result = command(other, "--config.seed=1")  # its identity is another, so it is refused before
+    assert result["code"] == 2
+    (other / "config.json").unlink()
+    (other / "checkpoints").rename(tmp_path / "aside")
+    assert command(other, "--config.seed=1", "--config.train.num_epochs=1")["code"] == 0
+    shutil.rmtree(other / "checkpoints")
+    (other / "summary.json").unlink()
+    (tmp_path / "aside").rename(other / "checkpoints")
+    result = command(other, "--config.seed=1", "--config.train.num_epochs=1")
+    assert result["code"] == 2
+    assert "another run" in result["log"]
+    assert "Traceback" not in result["log"]
 
 
 def test_load_variables_finds_what_was_kept(whole: Path) -> None:

@@ -294,19 +294,31 @@ def _read_cached(name: str, folder: Path, split: str) -> Arrays:
     cache = root / f"{name}-{folder.name}-{split}-{digest}.npz"
     try:
         with cache.open("rb") as file, np.load(file) as arrays:
-            return arrays["images"], arrays.get("labels")
+            found = {name: arrays[name] for name in arrays.files}
+        if str(found.pop("sha256")) == _checksum(found):
+            return found["images"], found.get("labels")
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
-        images, labels = _decode(folder, split)
+        pass  # not there, or not what was written: it is made anew
+    images, labels = _decode(folder, split)
     try:  # a cache that cannot be written costs time, not correctness
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root) as aside:
             path = Path(aside, cache.name)
             arrays = {"images": images} if labels is None else {"images": images, "labels": labels}
-            np.savez(path, allow_pickle=False, **arrays)
+            np.savez(path, allow_pickle=False, sha256=np.array(_checksum(arrays)), **arrays)
             os.replace(path, cache)
     except OSError:
         pass
     return images, labels
+
+
+def _checksum(arrays: dict[str, np.ndarray]) -> str:
+    """Of what decoded images are: their shapes and every byte."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
+        digest.update(np.ascontiguousarray(arrays[name]))
+    return digest.hexdigest()
 
 
 def _decode(folder: Path, split: str) -> Arrays:

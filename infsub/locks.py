@@ -1,0 +1,110 @@
+"""One owner: who writes into a folder holds a lock there, which says who that is.
+
+The lock itself is the operating system's (flock, by filelock): it ends with its process, however that
+ends, so nothing has to be cleaned up after a `kill -9`. Beside it lies a note for people, with host,
+process, time and command, whose time of change is the owner's sign of life. On file systems that do
+not carry flock from host to host (some NFS), that sign is what keeps a second host out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from infsub.files import duration, read_json, write_json
+from infsub.types import UserError
+
+SIGN_OF_LIFE = 20.0  # seconds between two
+PRESUMED_DEAD = 120.0  # seconds without one
+
+
+@contextlib.contextmanager
+def owned(folder: Path, activity: str) -> Iterator[None]:
+    """While entered, this process alone does `activity` ("training", "evaluation", …) in `folder`.
+
+    Raises:
+      UserError: another process does; at once, with who that is and what to do. Or the folder
+        cannot be written to.
+    """
+    note = folder / f".{activity}.json"
+    lock = FileLock(folder / f".{activity}.lock", timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise UserError(_held(folder, activity, _read(note), alive=True)) from None
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written to ({error.strerror}): give another --workdir."
+        ) from error
+    ended = threading.Event()
+    try:
+        before = _read(note)
+        if before and before["host"] != socket.gethostname() and _age(note) < PRESUMED_DEAD:
+            raise UserError(_held(folder, activity, before, alive=False))
+        write_json(note, _here())
+        threading.Thread(target=_show_life, args=(note, ended), daemon=True).start()
+        try:
+            yield
+        finally:
+            ended.set()
+            note.unlink(missing_ok=True)
+    finally:
+        lock.release()
+
+
+def _here() -> dict[str, Any]:
+    """What the note says of this process."""
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "command": shlex.join(sys.argv),
+    }
+
+
+def _read(note: Path) -> dict[str, Any] | None:
+    try:
+        found = read_json(note)
+    except (OSError, ValueError, UserError):  # being written, or not ours
+        return None
+    return found if isinstance(found, dict) and _here().keys() <= found.keys() else None
+
+
+def _age(note: Path) -> float:
+    """Seconds since the owner's last sign of life, by the clock of the note's own file system."""
+    probe = note.with_name(f"{note.name}.{os.getpid()}")
+    probe.touch()
+    try:
+        return probe.stat().st_mtime - note.stat().st_mtime
+    finally:
+        probe.unlink()
+
+
+def _show_life(note: Path, ended: threading.Event) -> None:
+    while not ended.wait(SIGN_OF_LIFE):
+        with contextlib.suppress(OSError):
+            os.utime(note)
+
+
+def _held(folder: Path, activity: str, owner: dict[str, Any] | None, alive: bool) -> str:
+    who = "another process"
+    if owner:
+        who = "process {pid} on {host} since {since} ({command})".format(**owner)
+    text = f"the {activity} of {folder} is held by {who}"
+    if alive:
+        return f"{text}: wait until it ends, or stop it."
+    return (
+        f"{text}, which gave a sign of life within the last {duration(PRESUMED_DEAD)}: wait until it "
+        f"ends; if it is dead, the same command goes on after {duration(PRESUMED_DEAD)}."
+    )

@@ -1,0 +1,120 @@
+"""One process writes into a folder; another is told who does, and a dead one is no obstacle."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from infsub import evaluate, experiments, files, locks, train
+from infsub.config import default, resolve
+from infsub.types import UserError
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from infsub import locks
+with locks.owned(Path(sys.argv[1]), "training"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def other(tmp_path):
+    """A process that holds the training of tmp_path."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_the_second_process_is_told_who_holds_it_at_once(tmp_path, other):
+    start = time.monotonic()
+    with pytest.raises(UserError) as refusal, locks.owned(tmp_path, "training"):
+        pass
+    assert time.monotonic() - start < 1
+    found = re.search(r"process (\d+) on (\S+) since .* \((.*)\): wait", str(refusal.value))
+    assert found
+    assert (int(found[1]), found[2]) == (other.pid, os.uname().nodename)
+    with locks.owned(tmp_path, "evaluation"):  # another activity is free
+        pass
+
+
+def test_a_killed_owner_is_no_obstacle(tmp_path, other):
+    other.send_signal(signal.SIGKILL)
+    other.wait()
+    assert (tmp_path / ".training.json").exists()  # it could not take its note away
+    with locks.owned(tmp_path, "training"):
+        assert json.loads((tmp_path / ".training.json").read_text())["pid"] == os.getpid()
+    assert not (tmp_path / ".training.json").exists()
+
+
+def test_an_error_inside_gives_it_back(tmp_path):
+    with pytest.raises(ZeroDivisionError), locks.owned(tmp_path, "training"):
+        _ = 1 / 0
+    with locks.owned(tmp_path, "training"):
+        pass
+
+
+def test_another_host_that_shows_life_keeps_it_and_a_silent_one_does_not(tmp_path):
+    note = tmp_path / ".training.json"
+    owner = {"host": "elsewhere", "pid": 7, "since": "noon", "command": "infsub"}
+    files.write_json(note, owner)
+    with pytest.raises(UserError, match="process 7 on elsewhere") as refusal:
+        locks.owned(tmp_path, "training").__enter__()
+    assert "2 min 0 s" in str(refusal.value)  # what to do: wait so long
+    silent = time.time() - locks.PRESUMED_DEAD - 1
+    os.utime(note, (silent, silent))
+    with locks.owned(tmp_path, "training"):
+        pass
+
+
+def test_an_owner_shows_life(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "SIGN_OF_LIFE", 0.01)
+    note = tmp_path / ".training.json"
+    with locks.owned(tmp_path, "training"):
+        os.utime(note, (0, 0))
+        for _ in range(500):
+            if note.stat().st_mtime > 0:
+                break
+            time.sleep(0.01)
+        assert note.stat().st_mtime > 0
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "\x00\x01", '{"host": 3'])
+def test_a_note_that_is_none_is_no_obstacle(tmp_path, content):
+    (tmp_path / ".training.json").write_text(content)
+    with locks.owned(tmp_path, "training"):
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(UserError, match="cannot be written to"),
+        locks.owned(tmp_path / "file", "training"),
+    ):
+        pass
+
+
+def test_every_mode_that_writes_is_refused(tmp_path, monkeypatch):
+    config = resolve(default())
+    with locks.owned(tmp_path, "training"), pytest.raises(UserError, match="is held by"):
+        train.train(config, tmp_path)
+    monkeypatch.setattr(evaluate.records, "read_run", lambda workdir: {})  # there is one
+    with locks.owned(tmp_path, "evaluation"), pytest.raises(UserError, match="is held by"):
+        evaluate.evaluate(config, tmp_path)
+    experiment = experiments.experiment("asked", "?", {"a": {}})
+    with locks.owned(tmp_path / "asked", "experiment"), pytest.raises(UserError, match="held by"):
+        experiments.run(experiment, tmp_path)
