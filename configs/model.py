@@ -5,8 +5,8 @@ Command:  python -m infsub.main --workdir=runs/fashion_af \\
           and, to evaluate another checkpoint or other points of it, the same command with
               --mode=evaluate --config.evaluate.split=test --config.evaluate.name=test
 Scales:   paper, the authors' settings (3280 epochs of Burda's schedule, 1000 datapoints, AIS of 100
-          chains and 10,000 temperatures: days on a CPU); small, half an hour on two cores; smoke,
-          minutes and no meaning.
+          chains and 10,000 temperatures); small, a hundredth of that; smoke, no meaning.
+Minutes:  half an hour on two cores at scale small, a few at smoke, days at paper
 Expect:   L[q] ≤ L[q*] ≤ log p̂ within errors, on every data set.
 """
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from infsub import config
 from infsub.types import UserError
 
 ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
 BAD = [
     ("seed", None),
     ("data.dir", None),
@@ -95,6 +98,17 @@ def test_the_table_is_the_config():
 def test_the_readme_lists_the_fields_as_they_are():
     """Made anew by: python -c "from infsub import config; print(config.listing())"."""
     assert f"```\n{config.listing()}\n```" in (ROOT / "configs/README.md").read_text()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_s_head_gives_command_minutes_and_the_number_to_see(path):
+    head = ast.get_docstring(ast.parse(path.read_text())) or ""
+    found = re.findall(r"^(Command|Minutes|Expect): +\S", head, re.MULTILINE)
+    assert found == ["Command", "Minutes", "Expect"]
+    assert f"--config={path.relative_to(ROOT)}" in head
+    minutes, _, expect = head.partition("Minutes:")[2].partition("Expect:")
+    assert "two cores" in minutes
+    assert "nats" in expect or "log p̂" in expect
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
 """How far off can log p̂ be? AIS bounded from both sides, for every model of the main table.
 
 Command:  python -m infsub.main --config=configs/paper/certificate.py --workdir=runs/paper
+Minutes:  on two cores at scale small, the default: 15 to 30 without CIFAR-10, more with it
+Expect:   BDMC gap 0.06 ± 0.02 nats (FFG) and 0.11 ± 0.04 (AF) with 100 temperatures, on
+          binarized_mnist
 """
 
 from __future__ import annotations

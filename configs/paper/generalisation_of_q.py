@@ -1,6 +1,9 @@
 """How much of the amortization gap is the encoder's capacity, how much its generalisation?
 
 Command:  python -m infsub.main --config=configs/paper/generalisation_of_q.py --workdir=runs/paper
+Minutes:  15 to 30 on two cores at scale small, the default
+Expect:   amortization gap on simulated points 7.0 ± 0.2 nats trained on data, 3.7 ± 0.2 on such
+          points
 """
 
 from __future__ import annotations

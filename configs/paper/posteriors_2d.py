@@ -1,6 +1,8 @@
 """Pictures of true posteriors over two latent variables, and where each q fails.
 
 Command:  python -m infsub.main --config=configs/paper/posteriors_2d.py --workdir=runs/paper
+Minutes:  15 to 30 on two cores at scale small, the default
+Expect:   amortization gap 2.9 ± 1.0 nats (FFG); full covariance within 0.06 ± 0.03 of log p̂
 """
 
 from __future__ import annotations
