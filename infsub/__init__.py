@@ -15,8 +15,8 @@ from infsub.laplace import LaplaceInfo, laplace, laplace_with_info
 from infsub.local import LocalResult, local_curve, optimize_local
 from infsub.types import Estimate, Gaussian, Model, Posterior, Target
 
-# The functions `ais`, `bdmc`, `laplace` are named like the modules they live in: they are bound here, after
-# those modules are loaded, so `infsub.ais(…)` is always the function.
+# The functions `ais`, `bdmc`, `check`, `laplace` are named like the modules they live in: they are
+# bound here, after those modules are loaded, so `infsub.ais(…)` is always the function.
 __all__ = [
     "Check",
     "Estimate",

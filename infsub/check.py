@@ -162,8 +162,8 @@ def check(
 
     inputs = pairs.x if data is None and pairs is not None else data
     if inputs is not None:
-        calls = [map_datapoints(encode_twice, key_encode, inputs, model, params) for _ in range(2)]
-        findings += mistakes.encoder_outputs(calls, rows)
+        outputs, scale = map_datapoints(encode_twice, key_encode, inputs, model, params)
+        findings += mistakes.encoder_outputs(outputs, scale, rows)
 
     size, calibration = _size(data, pairs), None
     if pairs is None:

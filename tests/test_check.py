@@ -146,6 +146,7 @@ def test_a_right_model_stays_silent(model, params):
         ({"prior": 1.0}, {"prior_twice"}),
         ({"prior": -1.0, "factor": -1.0}, {"prior_twice", "loss"}),
         ({"prior": 1.0, "factor": "1/X"}, {"prior_twice", "mean"}),
+        ({"prior": "1/X", "factor": "1/X"}, {"prior_twice", "mean"}),
         ({"term": 4.0}, {"term_of_z"}),
         ({"factor": 0.0}, {"ignores_z"}),
         ({"power": 2.0}, {"scale_power"}),
@@ -173,6 +174,7 @@ def test_an_overconfident_q_has_ranks_that_are_not_uniform():
     model, params = NORMAL
     check = infsub.check(jax.random.key(0), model, params._replace(width=0.6))
     assert check.calibration.p_value < 1e-6
+    assert np.unique(check.calibration.ranks).size == 200  # of 51 steps, broken at random
     assert check.calibration.coverage_50.value < 0.4
     assert [f.name for f in check.findings] == ["calibration"]
     assert check.ok  # no mistake: what the gaps are there to measure
@@ -279,7 +281,7 @@ def test_an_encoder_in_training_mode():
     assert names(check) == {"changing"}
 
 
-def test_a_random_number_that_only_a_second_run_shows():
+def test_an_encoder_with_random_numbers_from_outside():
     model, params = NORMAL
     rng = np.random.default_rng(0)
 
@@ -324,7 +326,7 @@ class Batches(NamedTuple):
 
     weight: jax.Array  # [X, D]
     scale: float = 0.3
-    drawn_scale: float = 0.3  # of what sample_prior draws
+    drawn_scale: float = 0.3  # of what sample_prior draws for batch 1
     factor: float = 1.0  # times the log likelihood
 
     def log_likelihood(self, x, z):
@@ -337,7 +339,8 @@ class Batches(NamedTuple):
         return densities.normal(z, 2.0 * x["batch"], self.scale)
 
     def sample_prior(self, key, x):
-        return 2.0 * x["batch"] + self.drawn_scale * jax.random.normal(key, (2,))
+        scale = jnp.where(x["batch"], self.drawn_scale, self.scale)
+        return 2.0 * x["batch"] + scale * jax.random.normal(key, (2,))
 
     def encode(self, x):
         """p(z|x), up to its covariance."""
@@ -363,8 +366,10 @@ def test_a_prior_and_covariates_of_ones_own():
         "batch": np.arange(100, dtype=np.float32) % 2,
     }
     assert names(infsub.check(jax.random.key(0), model, params, xs)) == set()
-    wrong = params._replace(drawn_scale=0.6)
-    assert "prior" in names(infsub.check(jax.random.key(0), model, wrong, xs))
+    check = infsub.check(jax.random.key(0), model, params._replace(drawn_scale=0.6), xs)
+    assert "prior" in names(check)
+    # Four times the square for one half of the datapoints, once for the other.
+    assert abs(check.statistics["score² / curvature of log_prior"].value - 2.5) < 0.6
     check = infsub.check(jax.random.key(0), model, params._replace(factor=1 / 12), xs)
     assert names(check) == {"mean"}
     assert "averaged over the 12 values" in str(check)  # of y: covariates are none
