@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from infsub import mistakes
+from infsub import mistakes, mistakes_on_data
 from infsub.datapoints import map_datapoints
 from infsub.mistakes import Calibration, Finding, Statistic
 from infsub.pairs import Pair, encode_twice, on_data, pair
@@ -100,7 +100,8 @@ def check(
     | calibration      | a note: q(z|x) is not calibrated; no mistake, but part of what gaps measure |
     | unchecked        | a note: what could not be looked at |
 
-    `infsub.mistakes` says by which statistics. Invisible to all of them is a constant without z.
+    `infsub.mistakes` and `infsub.mistakes_on_data` say by which statistics. Invisible to all of them
+    is a constant without z.
 
     Args:
       key: of the whole check.
@@ -138,7 +139,7 @@ def check(
 
     data, rows = None, np.arange(num_points)
     if xs is not None:
-        rows, bad = mistakes.finite_rows(xs)
+        rows, bad = mistakes_on_data.finite_rows(xs)
         findings += bad
         if not rows.size:
             return _report(findings, statistics, None)
@@ -155,7 +156,7 @@ def check(
         lacks = "whose simulated pairs cannot be used"
 
     if data is not None and pairs is not None:
-        bad = mistakes.data_values(data, pairs)
+        bad = mistakes_on_data.data_values(data, pairs)
         findings += bad
         if any(finding.name == "pixels" for finding in bad):
             data, rows = None, np.arange(num_points)  # q(z|x) of such x's means nothing
@@ -163,14 +164,15 @@ def check(
     inputs = pairs.x if data is None and pairs is not None else data
     if inputs is not None:
         outputs, scale = map_datapoints(encode_twice, key_encode, inputs, model, params)
-        findings += mistakes.encoder_outputs(outputs, scale, rows)
+        findings += mistakes_on_data.encoder_outputs(outputs, scale, rows)
 
     size, calibration = _size(data, pairs), None
     if pairs is None:
         findings.append(Finding("note", "unchecked", _UNCHECKED.format(model=lacks)))
     else:
         see(mistakes.likelihood(pairs, size))
-        see(mistakes.prior(pairs))
+        if model.log_prior is not None or model.sample_prior is not None:
+            see(mistakes.prior(pairs))
         found, numbers = mistakes.encoder(pairs)
         constant = any(finding.name == "constant_encoder" for finding in findings)
         see(([] if constant else found, numbers))
@@ -178,12 +180,12 @@ def check(
         findings += notes
     if data is not None and not any(f.name in _NO_Q for f in findings):
         on = map_datapoints(on_data, key_data, data, model, params)
-        on, bad = mistakes.unfinished(on, rows)
+        on, bad = mistakes_on_data.unfinished(on, rows)
         findings += bad
         if pairs is None and on.elbo.size > 1:
-            see(mistakes.fit(on, data, size))
+            see(mistakes_on_data.fit(on, data, size))
         if on.elbo.size > 1:
-            see(mistakes.elbo(on, training_elbo, size))
+            see(mistakes_on_data.elbo(on, training_elbo, size))
     return _report(findings, statistics, calibration)
 
 

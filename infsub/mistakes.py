@@ -1,4 +1,4 @@
-"""The rules by which `check` tells a mistake: numbers over datapoints in, findings in words out.
+"""The rules by which `check` tells a mistake on simulated pairs: numbers in, findings in words out.
 
 A density knows its own moments. On pairs (z, x) ~ p(z) p(x|z), with s = ∇_z log p(x|z), its Hessian
 H and g = ∇ log p(z), whatever the networks are:
@@ -12,9 +12,7 @@ H and g = ∇ log p(z), whatever the networks are:
 | E[(z − mean)² / scale²] of q(z|x)              | 1 if q is calibrated | far off: variance as scale … |
 | E[log q(z|x) / p(z)], q's widths refitted      | > 0 | < 0: another decoder's encoder               |
 
-The products are weighted by 1 / (E s_i² + E g_i²), so that no dimension drowns the others. On data
-alone q is its own witness: where it is fitted, E_q[−∇² log p(x, z)] is 1 / scale², and
-E_q[∇ log p(x, z)] is 0. That shows a mistake, not always whose it is.
+The products are weighted by 1 / (E s_i² + E g_i²), so that no dimension drowns the others.
 
 A statistic is wrong beyond NUM_ERRORS standard errors AND a practical margin, named where it is used.
 """
@@ -26,9 +24,8 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.tree_util import keystr
 
-from infsub.pairs import NUM_RANKED, NUM_REPLICATES, OnData, Pair
+from infsub.pairs import NUM_RANKED, NUM_REPLICATES, Pair
 from infsub.types import Key
 
 NUM_ERRORS = 5.0
@@ -100,7 +97,8 @@ class Calibration(NamedTuple):
 Seen = tuple[list[Finding], dict[str, Statistic]]
 
 
-def _wide(values: Any) -> np.ndarray:
+def wide(values: Any) -> np.ndarray:
+    """As float64: what is looked for may be a small difference."""
     return np.asarray(values, np.float64)
 
 
@@ -120,90 +118,13 @@ def ratio(numerator: np.ndarray, denominator: np.ndarray, expected: float) -> St
     return Statistic(float(value), float(error), expected)
 
 
-# The inputs and the encoder's outputs
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def finite_rows(xs: Any) -> tuple[np.ndarray, list[Finding]]:
-    """The positions of the datapoints without NaN or inf, and what is to be said of the others."""
-    finite = np.array(True)
-    for leaf in jax.tree.leaves(xs):
-        values = np.asarray(leaf)
-        if np.issubdtype(values.dtype, np.inexact):
-            finite = finite & np.isfinite(values).reshape(len(values), -1).all(axis=1)
-    finite = np.broadcast_to(finite, np.shape(jax.tree.leaves(xs)[0])[:1])
-    bad = np.flatnonzero(~finite)
-    if not bad.size:
-        return np.arange(finite.size), []
-    sentence = (
-        f"{_count(bad.size, 'datapoint')} of xs ({_at(bad)}) "
-        "contain NaN or infinite values: leave them out, or fill them in."
-    )
-    return np.flatnonzero(finite), [Finding("error", "nan_input", sentence, bad.size)]
-
-
-def encoder_outputs(outputs: np.ndarray, scale: np.ndarray, rows: np.ndarray) -> list[Finding]:
-    """Of `encode_twice`: outputs [N, 2, M] and scale [N, D] of the datapoints at positions rows [N]."""
-    bad = np.flatnonzero(~np.isfinite(outputs).all(axis=(1, 2)))
-    if bad.size:
-        sentence = (
-            f"encode gives values that are not finite for {_count(bad.size, 'datapoint')} "
-            f"({_at(rows[bad])}) though x is finite: look for a logarithm of 0 or an overflow."
-        )
-        return [Finding("error", "non_finite", sentence, bad.size)]
-    findings = []
-    change = np.max(np.abs(outputs[:, 1] - outputs[:, 0]))
-    if change > 1e-3 * np.std(outputs):
-        sentence = (
-            f"encode gives another q when it is called again for the same x (by up to {change:.2g}; "
-            "must be 0): switch off its training mode (dropout, random numbers, batch statistics)."
-        )
-        findings.append(Finding("error", "changing", sentence, float(change)))
-    elif len(outputs) > 1 and np.all(outputs == outputs[:1]):
-        sentence = (
-            "encode gives exactly the same q for every x: it does not use x, or it normalises by "
-            "the statistics of a batch of one (batch norm in training mode)."
-        )
-        findings.append(Finding("warning", "constant_encoder", sentence))
-    share = np.mean(~(scale > 0)) if np.isfinite(scale).all() else 0.0
-    if share:
-        sentence = (
-            f"{share:.0%} of q's scales are 0 or negative: they must be standard deviations; give "
-            "exp(0.5 * log_variance), or exp(log_scale)."
-        )
-        findings.append(Finding("error", "scale_sign", sentence, float(share)))
-    return findings
-
-
-def data_values(data: Any, pairs: Pair) -> list[Finding]:
-    """Whether data [N, …] have the values that simulated x's have."""
-    findings = []
-    drawn, varies = _leaves(pairs.x), _leaves(pairs.varies)
-    for name, leaf in _leaves(data).items():
-        if not np.any(varies[name]):  # a covariate
-            continue
-        top, reach = np.max(np.abs(drawn[name])), np.max(np.abs(leaf))
-        fractions = leaf[leaf != np.round(leaf)]
-        if reach > 10 * top:
-            advice = "divide them by 255" if _bytes_like(leaf) else "bring them to one scale"
-            sentence = (
-                f"xs{name} reaches {reach:.4g}, and the x's that sample_x draws only {top:.3g}: "
-                f"{advice}."
-            )
-            findings.append(Finding("error", "pixels", sentence, float(reach)))
-        elif fractions.size and np.all(drawn[name] == np.round(drawn[name])):
-            sentence = (
-                f"xs{name} holds fractions such as {fractions[0]:.3g}, and sample_x draws whole "
-                "numbers only: log_likelihood is no density of such data; binarise or round them."
-            )
-            findings.append(Finding("warning", "grey", sentence, float(fractions[0])))
-    return findings
-
-
-def _bytes_like(leaf: np.ndarray) -> bool:
-    return bool(np.all(leaf == np.round(leaf)) and np.min(leaf) >= 0 and 15 < np.max(leaf) <= 255)
-
-
-# Simulated pairs
+def at(rows: np.ndarray) -> str:
+    named = ", ".join(str(row) for row in np.sort(rows)[:5])
+    return f"at {named}" + (f" and {rows.size - 5} more" if rows.size > 5 else "")
 
 
 def usable(pairs: Pair) -> tuple[Pair | None, list[Finding]]:
@@ -221,7 +142,7 @@ def usable(pairs: Pair) -> tuple[Pair | None, list[Finding]]:
         return pairs, []
     sentence = (
         f"log_likelihood, log_prior, encode or a gradient of theirs is not finite for "
-        f"{_count(int(np.sum(~finite)), 'simulated pair')} of {finite.size}: look for a logarithm "
+        f"{count(int(np.sum(~finite)), 'simulated pair')} of {finite.size}: look for a logarithm "
         "of 0 or an overflow."
     )
     finding = Finding("error", "non_finite", sentence, float(np.sum(~finite)))
@@ -231,8 +152,8 @@ def usable(pairs: Pair) -> tuple[Pair | None, list[Finding]]:
 
 def likelihood(pairs: Pair, size: int) -> Seen:
     """Is exp(log_likelihood) the density that sample_x draws from, up to a constant? size is X."""
-    score, curvature = _wide(pairs.score), _wide(pairs.curvature)
-    g = _wide(pairs.prior_score)[:, None]
+    score, curvature = wide(pairs.score), wide(pairs.curvature)
+    g = wide(pairs.prior_score)[:, None]
     if not np.any(score):
         sentence = (
             "log_likelihood does not change with z at any simulated pair: it must depend on z."
@@ -247,18 +168,17 @@ def likelihood(pairs: Pair, size: int) -> Seen:
     joint = ratio(inner(score, g), inner(g, g), 0.0)
     factor = _factor(inner, score, curvature)
     without = score - joint.value * g
-    factor_without = _factor(
-        inner, without, curvature - joint.value * pairs.prior_curvature[:, None]
-    )
+    prior_curvature = wide(pairs.prior_curvature)[:, None]
+    factor_without = _factor(inner, without, curvature - joint.value * prior_curvature)
     # A mean's joint holds 1/X of the prior: what counts is the prior's share beside the likelihood's.
     share = joint.value / abs(factor_without.value) if _is_wrong(factor_without) else joint.value
     twice = joint.beyond_errors() and abs(share) > 0.3
     if twice:
         score, factor = without, factor_without
     # Sums over distinct x's of one z: Σ_{a≠b} s_a·s_b / R(R − 1).
-    total, count = np.sum(score, axis=1), score.shape[1]
+    total, replicates = np.sum(score, axis=1), score.shape[1]
     products = np.sum(weights * (total**2 - np.sum(score**2, axis=1)), axis=-1)
-    term = ratio(products / (count * (count - 1)), inner(score, score), 0.0)
+    term = ratio(products / (replicates * (replicates - 1)), inner(score, score), 0.0)
 
     findings = []
     if twice:
@@ -307,7 +227,7 @@ def _factor_finding(factor: Statistic, size: int) -> Finding | None:
         sign = ", and its sign is turned: it is a loss" if c < 0 else ""
         sentence = (
             f"log_likelihood is averaged over the {size} values of x{sign} {figure}: "
-            f"give the sum of log p over them."
+            "give the sum of log p over them."
         )
         return Finding("error", "loss" if c < 0 else "mean", sentence, *factor[:2])
     if c < 0:
@@ -325,7 +245,7 @@ def _factor_finding(factor: Statistic, size: int) -> Finding | None:
 
 def prior(pairs: Pair) -> Seen:
     """Is log_prior the density that sample_prior draws from, up to a constant?"""
-    g, curvature = _wide(pairs.prior_score), _wide(pairs.prior_curvature)
+    g, curvature = wide(pairs.prior_score), wide(pairs.prior_curvature)
     weights = 1 / np.maximum(np.mean(g**2, axis=0), np.finfo(float).tiny)
     factor = ratio(np.sum(weights * g**2, axis=1), np.sum(weights * curvature, axis=1), 1.0)
     numbers = {"score² / curvature of log_prior": factor}
@@ -338,8 +258,6 @@ def prior(pairs: Pair) -> Seen:
     return [Finding("error", "prior", sentence, *factor[:2])], numbers
 
 
-# The encoder, on simulated pairs
-
 _HALF_WIDTH = 0.67449  # of a standard normal's central 50 %
 _READINGS = {"variances, so that scale is their square root": np.sqrt}
 _SIGNED_READINGS = {
@@ -350,10 +268,10 @@ _SIGNED_READINGS = {
 
 def encoder(pairs: Pair) -> Seen:
     """Does q(z|x) tell z, and is its scale a standard deviation?"""
-    z, scale = _wide(pairs.z), _wide(pairs.q.scale)
+    z, scale = wide(pairs.z), wide(pairs.q.scale)
     if np.any(scale == 0):  # an error of `encoder_outputs`
         return [], {}
-    shift = z - _wide(pairs.q.mean)
+    shift = z - wide(pairs.q.mean)
 
     def squares(scale: np.ndarray) -> Statistic:
         return mean(np.mean((shift / scale) ** 2, axis=1), 1.0)
@@ -479,132 +397,3 @@ def uniformity(values: np.ndarray) -> float:
     k = np.arange(1, 101)
     p = 2 * np.sum((-1.0) ** (k - 1) * np.exp(-2 * (k * scaled) ** 2))
     return float(np.clip(p, 0, 1)) if scaled > 0.2 else 1.0  # below, the series is slow, and p is 1
-
-
-# Data
-
-
-def unfinished(on: OnData, rows: np.ndarray) -> tuple[OnData, list[Finding]]:
-    """The datapoints whose ELBO and gradients are finite; and which are not."""
-    finite = np.array(True)
-    for leaf in jax.tree.leaves(on):
-        finite = finite & np.isfinite(leaf).reshape(len(leaf), -1).all(axis=1)
-    if finite.all():
-        return on, []
-    sentence = (
-        f"the ELBO, or a gradient of log_likelihood or log_prior in z, is not finite for "
-        f"{_count(int(np.sum(~finite)), 'datapoint')} of xs ({_at(rows[~finite])}): look for a "
-        "logarithm of 0 or an overflow."
-    )
-    finding = Finding("error", "non_finite", sentence, float(np.sum(~finite)))
-    return jax.tree.map(lambda leaf: leaf[finite], on), [finding]
-
-
-def fit(on: OnData, data: Any, size: int) -> Seen:
-    """Whether q and p(x, z) agree on the data that q was trained on."""
-    scale = _wide(on.q.scale)
-
-    def factor(scale: np.ndarray) -> Statistic:
-        # Weights scale²: a dimension that x determines counts 1, one left to the prior nothing.
-        found = np.sum(scale**2 * on.curvature, axis=1)
-        return ratio(found, np.sum(1 - scale**2 * on.prior_curvature, axis=1), 1.0)
-
-    agreement = factor(scale)
-    shift = mean(np.mean((scale * on.gradient) ** 2, axis=1))
-    reach = ratio(np.sum(on.prior_square, axis=1), np.sum(on.prior_curvature, axis=1), 1.0)
-    numbers = {
-        "score² / curvature of log p(z) at q, on xs": reach,
-        "curvature of log_likelihood by that of q, on xs": agreement,
-        "(scale · E_q[∇ log p(x, z)])², on xs": shift,
-    }
-    whole = [leaf for leaf in jax.tree.leaves(data) if _bytes_like(leaf)]
-    if whole and np.mean(on.elbo) > 0:
-        statistic, what, cause = (
-            mean(_wide(on.elbo)),
-            "the ELBO, of whole numbers, above 0,",
-            "",
-        )
-    elif reach.value - NUM_ERRORS * reach.standard_error > 4:
-        statistic, what = reach, "score² / curvature of log p(z) at q's draws"
-        cause = "the encoder sees x on another scale than in its training, or is not trained"
-    elif shift.value - NUM_ERRORS * shift.standard_error > 2:
-        statistic, what = shift, "(scale · gradient)² at q, below 1 as a rule,"
-        cause = "the encoder is not for this decoder, sees x on another scale, or is not trained"
-    elif agreement.outside(0.25, 4):
-        statistic, what = agreement, "curvature / (1/scale² − the prior's)"
-        causes = {
-            f"log_likelihood is averaged over the {size} values of x": agreement.value * size,
-            "scale is a variance": factor(np.sqrt(np.abs(scale))).value,
-            "log_likelihood is a loss, its sign is turned": -agreement.value,
-        }
-        cause, value = min(
-            causes.items(), key=lambda c: abs(math.log(c[1])) if c[1] > 0 else np.inf
-        )
-        if not 0.4 < value < 2.5:
-            cause = "log_likelihood is a multiple of a log density, or scale no standard deviation"
-    else:
-        return [], numbers
-    level, name = "error" if statistic is agreement else "warning", "fit"
-    if whole:
-        level, name, cause = "error", "pixels", "xs holds 0…255 and is to be divided by 255"
-    right = f" ({statistic.expected:g} is right)" if np.isfinite(statistic.expected) else ""
-    sentence = (
-        f"q(z|x) and p(x, z) contradict each other on xs: {what} is {statistic}{right}; most likely "
-        f"{cause}. With sample_x, check could tell."
-    )
-    return [Finding(level, name, sentence, *statistic[:2])], numbers
-
-
-def elbo(on: OnData, training_elbo: float | None, size: int) -> Seen:
-    """L[q] on xs, and whether training saw the same number."""
-    measured = mean(_wide(on.elbo))
-    numbers = {"ELBO on xs": measured}
-    if training_elbo is None:
-        return [], numbers
-    latent_dim = on.gradient.shape[1]
-    tolerance = max(NUM_ERRORS * measured.standard_error, 0.002 * abs(measured.value))
-
-    def agrees(value: float) -> bool:
-        return abs(value - measured.value) < tolerance
-
-    if agrees(training_elbo):
-        return [], numbers
-    half_log_2pi = 0.5 * math.log(2 * math.pi)
-    guesses = {
-        "its sign turned, a loss": -training_elbo,
-        f"a mean over the {size} values of x": training_elbo * size,
-        f"a loss averaged over the {size} values of x": -training_elbo * size,
-        "bits per value of x": -training_elbo * size * math.log(2),
-        "without a Gaussian's -X/2 log 2π": training_elbo - size * half_log_2pi,
-        "with an X/2 log 2π that is missing here": training_elbo + size * half_log_2pi,
-        "with a D/2 log 2π too much": training_elbo - latent_dim * half_log_2pi,
-    }
-    named = [words for words, value in guesses.items() if agrees(value)]
-    cause = f"; it would fit as {named[0]}" if named else ""
-    sentence = (
-        f"the ELBO seen in training, {training_elbo:.6g}, is not the {measured.value:.6g} ± "
-        f"{measured.standard_error:.2g} nats measured on xs{cause}: look for other data, a KL weight, "
-        "dropped constants, or weights of another step."
-    )
-    difference = training_elbo - measured.value
-    return [
-        Finding("warning", "training_elbo", sentence, difference, measured.standard_error)
-    ], numbers
-
-
-# Words
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _at(rows: np.ndarray) -> str:
-    named = ", ".join(str(row) for row in np.sort(rows)[:5])
-    return f"at {named}" + (f" and {rows.size - 5} more" if rows.size > 5 else "")
-
-
-def _leaves(tree: Any) -> dict[str, np.ndarray]:
-    """Path -> leaf, as numpy."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {keystr(path): np.asarray(leaf) for path, leaf in leaves}

@@ -213,7 +213,8 @@ def test_no_datapoint_is_finite():
 def test_data_on_another_scale():
     model, params = BITS
     bits = draws(model, params, 100)
-    for xs, found in ((bits, set()), (255 * bits, {"pixels"}), (0.7 * bits, {"grey"})):
+    grey, pixels = 0.7 * bits, (255 * bits).astype(np.uint8)
+    for xs, found in ((bits, set()), (bits == 1, set()), (pixels, {"pixels"}), (grey, {"grey"})):
         assert names(infsub.check(jax.random.key(0), model, params, xs)) == found
 
 
