@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from infsub.ais import ADAPTATIONS
 from infsub.local import RULES
+from infsub.measure import AIS_STARTS, IWAE_STARTS
 from infsub.posteriors import FAMILIES
 from infsub.schedules import SCHEDULES
 from infsub.types import UserError, increasing_steps
@@ -173,14 +174,19 @@ FIELDS = {
     "evaluate.checkpoint": Field("best", "on validation data, or last, or epoch_<n>", CHECKPOINT),
     "evaluate.elbo_samples": Field(1000, "of L[q]", POSITIVE),
     "evaluate.iwae_samples": Field(5000, "of IWAE", POSITIVE),
+    "evaluate.iwae_start": Field(
+        "posterior",
+        "q(z|x), mode and curvature",
+        one_of(*IWAE_STARTS),
+    ),
     "evaluate.ais.num_chains": Field(16, "a datapoint", POSITIVE),
     "evaluate.ais.num_temperatures": Field(100, "and transitions of each chain", POSITIVE),
     "evaluate.ais.num_leapfrog": Field(10, "steps a transition", POSITIVE),
     "evaluate.ais.schedule": Field("linear", "of the temperatures", one_of(*SCHEDULES)),
     "evaluate.ais.start": Field(
         "posterior",
-        "q(z|x), or local: q* of the first family",
-        one_of("posterior", "local", "prior"),
+        "q(z|x), mode and curvature, first q*, p(z)",
+        one_of(*AIS_STARTS),
     ),
     "evaluate.ais.adaptation": Field("pilot", "of the step sizes", one_of(*ADAPTATIONS)),
     "evaluate.local.families": Field(("gaussian",), "whose L[q*] is found", FAMILY_NAMES),

@@ -112,6 +112,7 @@ def _measured(settings: Any, chunk_size: int) -> measure.Settings:
     return measure.Settings(
         elbo_samples=settings.elbo_samples,
         iwae_samples=settings.iwae_samples,
+        iwae_start=settings.iwae_start,
         chunk_size=chunk_size,
         ais=measure.AIS(**options),
         ais_start=ais_start,

@@ -400,7 +400,7 @@ def _witnesses(
         flags += _flag(f"{label(name)} above log p̂ {beyond}", bad, some.indices, then)
         if "pareto_k" in witness.fields:
             bad = (above.values < -limit) & (witness.fields["pareto_k"] <= max_pareto_k)
-            then = ", where q misses mass, though Pareto k raises no doubt"
+            then = ", where its q misses mass, though Pareto k raises no doubt"
             flags += _flag(f"{label(name)} below log p̂ {beyond}", bad, some.indices, then)
     if schema.GRID.name in lines:
         truth = rows.columns[schema.GRID.name]

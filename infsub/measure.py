@@ -18,8 +18,12 @@ from infsub.ais import ais
 from infsub.bdmc import bdmc
 from infsub.bounds import elbo, iwae
 from infsub.keys import named
+from infsub.laplace import laplace
 from infsub.local import LocalResult, local_curve, optimize_local
 from infsub.types import Array, Estimate, Gaussian, Key, Params, Posterior, Sampler, Target
+
+AIS_STARTS = ("posterior", "laplace", "local", "prior")
+IWAE_STARTS = ("posterior", "laplace")
 
 # Factor on the learning rate of an amortised flow's weights in its curve. After 3000 steps q* is 0.09
 # nats ahead with 0.03, 0.24 with 0.1, 0.23 with 0.01 (AF on eight binarised MNIST digits).
@@ -43,10 +47,11 @@ class Settings(NamedTuple):
 
     Attributes:
       elbo_samples, iwae_samples: K of L[q] and of IWAE.
+      iwae_start: what IWAE samples: "posterior", q(z|x), or "laplace".
       chunk_size: IWAE samples at a time.
       ais: of every run of it, the certificate's too.
-      ais_start: what AIS anneals from: "posterior", q(z|x); "local", the q* of the first family;
-        "prior".
+      ais_start: what AIS anneals from: "posterior", q(z|x) or the Gaussian of its moments; "laplace",
+        mode and curvature, found from there; "local", the q* of the first family; "prior".
       families: of local inference.
       preset, max_steps: its rule.
       curve: numbers of local steps to take L[q] after; (): none.
@@ -55,6 +60,7 @@ class Settings(NamedTuple):
 
     elbo_samples: int = 1000
     iwae_samples: int = 5000
+    iwae_start: str = "posterior"
     chunk_size: int = 500
     ais: AIS = AIS()
     ais_start: str = "posterior"
@@ -95,7 +101,12 @@ class _Fit(NamedTuple):
 
 
 def bounds_of_datapoint(key: Key, point: Datapoint, settings: Settings) -> dict[str, Array]:
-    """The row of one datapoint: every bound in nats with its error and diagnostics, all []."""
+    """The row of one datapoint: every bound in nats with its error and diagnostics, all [].
+
+    Raises:
+      ValueError: a start that there is not; or as the estimators.
+    """
+    _check(settings)
     bound = elbo(named(key, "elbo"), point.target, point.q, settings.elbo_samples)
     row = rows.build(rows.ELBO.name, bound)
     fits = [_fit(named(key, "local"), family, point, settings) for family in settings.families]
@@ -105,15 +116,17 @@ def bounds_of_datapoint(key: Key, point: Datapoint, settings: Settings) -> dict[
         row |= rows.build(rows.LOCAL_IWAE.of(fit.family), fit.result.iwae)
         if settings.curve:
             row |= _curves(point, fit, settings)
+    curvature = _laplace(point, settings.ais_start, settings.iwae_start)
+    sampled = point.q if curvature is None or settings.iwae_start != "laplace" else curvature
     weighted = iwae(
         named(key, "iwae"),
         point.target,
-        point.q,
+        sampled,
         settings.iwae_samples,
         chunk_size=settings.chunk_size,
     )
     row |= rows.build(rows.IWAE.name, weighted)
-    start = _ais_start(point, fits, settings)
+    start = _ais_start(point, fits, curvature, settings)
     annealed = ais(named(key, "ais"), point.target, start, **settings.ais._asdict())
     row |= rows.build(rows.AIS.name, annealed)
     if settings.grid:
@@ -133,14 +146,19 @@ def certify_datapoint(
       key: of this datapoint.
       simulate: key -> (z [D], a draw of the prior; what the model says of an x drawn from p(x|z)).
       settings: of the rows.
+
+    Raises:
+      ValueError: as `bounds_of_datapoint`.
     """
+    _check(settings)
 
     def model(key: Key) -> tuple[Array, Target, Gaussian | None]:
         z, point = simulate(named(key, "model"))
         fits = []
         if settings.ais_start == "local":
             fits = [_fit(named(key, "local"), settings.families[0], point, settings)]
-        return z, point.target, _ais_start(point, fits, settings)
+        curvature = _laplace(point, settings.ais_start)
+        return z, point.target, _ais_start(point, fits, curvature, settings)
 
     options = settings.ais._asdict()
     del options["adaptation"]  # reverse AIS has the pilot's alone
@@ -180,6 +198,14 @@ def densities_of_datapoint(key: Key, point: Datapoint, settings: Settings) -> di
     }
 
 
+def _check(settings: Settings) -> None:
+    for name, known in (("ais_start", AIS_STARTS), ("iwae_start", IWAE_STARTS)):
+        if getattr(settings, name) not in known:
+            raise ValueError(
+                f"{name} must be one of {', '.join(known)}; got {getattr(settings, name)!r}"
+            )
+
+
 def _fit(key: Key, family: str, point: Datapoint, settings: Settings) -> _Fit:
     posterior = posteriors.make(family, point.target.latent_dim, target=point.target)
     key = named(key, family)
@@ -197,17 +223,24 @@ def _fit(key: Key, family: str, point: Datapoint, settings: Settings) -> _Fit:
     return _Fit(family, posterior, params, result, key)
 
 
-def _ais_start(point: Datapoint, fits: list[_Fit], settings: Settings) -> Gaussian | None:
+def _laplace(point: Datapoint, *wanted: str) -> Gaussian | None:
+    """Mode and curvature of the posterior, searched from the encoder's mean; None where not wanted."""
+    return laplace(point.target, point.base) if "laplace" in wanted else None
+
+
+def _ais_start(
+    point: Datapoint, fits: list[_Fit], curvature: Gaussian | None, settings: Settings
+) -> Gaussian | None:
     match settings.ais_start:
         case "posterior":
             return point.base
+        case "laplace":
+            return curvature
         case "local":
             fit = fits[0]
             key = named(fit.key, "moments")
             return posteriors.moment_matched(key, fit.posterior, fit.result.params)
-        case "prior":
-            return None
-    raise ValueError(f"ais_start must be posterior, local or prior; got {settings.ais_start!r}")
+    return None  # the prior
 
 
 def _curves(point: Datapoint, fit: _Fit, settings: Settings) -> dict[str, Array]:

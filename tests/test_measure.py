@@ -93,7 +93,22 @@ def test_the_certificate_holds_zero():
     np.testing.assert_allclose(got["gap"], got["upper"] - got["lower"], atol=1e-4)
 
 
-def test_an_unknown_start_is_named(xs):
-    settings = SETTINGS._replace(ais_start="encoder", families=())
-    with pytest.raises(ValueError, match="must be posterior, local or prior; got 'encoder'"):
-        jax.eval_shape(lambda key: bounds(key, xs[0], settings=settings), jax.random.key(0))
+def test_from_mode_and_curvature_nothing_is_left_to_anneal(xs):
+    """The posterior is Gaussian: Laplace's is it, every weight is p(x), forwards and backwards."""
+    settings = SETTINGS._replace(ais_start="laplace", iwae_start="laplace", families=())
+    static = {"settings": settings}
+    got = map_datapoints(bounds, jax.random.key(3), xs, static=static)
+    log_px = jax.vmap(MODEL.log_px)(xs)
+    for name in ("ais", "iwae"):
+        np.testing.assert_allclose(got[name], log_px, atol=2e-3)
+        assert np.all(got[f"{name}_se"] < 1e-3)
+    assert np.all(got["elbo"] < log_px - 0.1)  # of the encoder's q still
+    both = map_datapoints(certified, jax.random.key(4), np.arange(N), static=static)
+    np.testing.assert_allclose(both["gap"], 0, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["ais_start", "iwae_start"])
+def test_an_unknown_start_is_named(xs, name):
+    settings = SETTINGS._replace(**{name: "encoder"})
+    with pytest.raises(ValueError, match=f"{name} must be one of posterior, .*got 'encoder'"):
+        bounds(jax.random.key(0), xs[0], settings=settings)
