@@ -145,7 +145,13 @@ def _make_vae(model: Any, image_shape: tuple[int, int, int], levels: int) -> VAE
 
     def target(variables: Variables, x: Array) -> Target:
         decoder_alone = {"decoder": variables["decoder"]}
-        return Target(None, Partial(log_likelihood, decoder_alone, x), latent_dim)
+        return Target(
+            None,
+            Partial(log_likelihood, decoder_alone, x),
+            latent_dim,
+            outputs=Partial(decode, decoder_alone),
+            log_likelihood_of_outputs=Partial(log_px_given, x=x),
+        )
 
     def sample_x(key: Key, variables: Variables, z: Array) -> Array:
         pixels = decode(variables, z)

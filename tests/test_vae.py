@@ -10,6 +10,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from infsub import bounds, config, data
+from infsub.laplace import laplace_with_info
 from infsub.posteriors import FAMILIES
 from infsub.vae import make_vae
 
@@ -247,3 +248,29 @@ def test_embedded_digits_fit():
     x = jax.eval_shape(partial(data.batch, digits.train.images), jnp.arange(1))
     params = jax.eval_shape(vae.encode, variables, jax.ShapeDtypeStruct(x.shape[1:], x.dtype))
     assert params["encoded"]["mean"].shape == (50,)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "levels"), [(model, SHAPE, 2), (conv_model, CONV_SHAPE, 8)]
+)
+def test_the_target_says_what_its_likelihood_depends_on_z_by(make, shape, levels):
+    """So Laplace's curvature is Gauss-Newton's, of the pixels' own parameters."""
+    vae = make_vae(make(), shape, levels)
+    variables, (x,) = somewhere(vae), images(KEY, 1, shape, levels)
+    target, z = vae.target(variables, x), jnp.array([0.3, -1.0, 0.5])
+    np.testing.assert_allclose(
+        target.log_likelihood_of_outputs(target.outputs(z)), target.log_likelihood(z), rtol=1e-6
+    )
+    q, info = laplace_with_info(target, jnp.zeros(3))
+    assert info.converged
+
+    def pixels(z):
+        return vae.decode(variables, z).reshape(-1)
+
+    def log_px_given(pixels):
+        return target.log_likelihood_of_outputs(pixels.reshape(*shape, -1))
+
+    jacobian = jax.jacobian(pixels)(q.mean)
+    hessian = jax.hessian(log_px_given)(pixels(q.mean))
+    precision = jnp.eye(3) - jacobian.T @ hessian @ jacobian
+    np.testing.assert_allclose(q.scale @ q.scale.T @ precision, np.eye(3), atol=1e-3)
