@@ -200,8 +200,8 @@ def likelihood(pairs: Pair, size: int) -> Seen:
         findings.append(finding)
     if not twice and joint.standard_error > 0.2:
         sentence = (
-            f"Not checked: whether log_likelihood contains log p(z), for these pairs tell its part "
-            f"only as {joint} (0, or 1): raise num_points."
+            f"Not checked: whether log_likelihood contains log p(z): these pairs tell its part only "
+            f"as {joint} (0 without it, 1 with it); raise num_points."
         )
         findings.append(Finding("note", "unchecked", sentence, *joint[:2]))
     return findings, {

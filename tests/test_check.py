@@ -180,6 +180,31 @@ def test_an_overconfident_q_has_ranks_that_are_not_uniform():
     assert check.ok  # no mistake: what the gaps are there to measure
 
 
+@pytest.mark.parametrize("columns", [(1.0, 1.0, 1.0), (1.0, 0.75, 0.55)])
+def test_a_factorised_q_may_be_narrow(columns):
+    """Beside a correlated posterior the best q is far narrower than z's spread: that is no mistake."""
+    model, params = NORMAL
+    weight = params.decoder.weight
+    nearly_parallel = weight[:, 2:] * jnp.array(columns) + 0.06 * weight
+    decoder = params.decoder._replace(weight=nearly_parallel)
+    check = infsub.check(
+        jax.random.key(0), model, params._replace(decoder=decoder, encoder=decoder)
+    )
+    assert check.statistics["(z - mean)² / scale² of q"].value > 4
+    assert names(check) == set()
+
+
+def test_what_the_pairs_cannot_tell_is_said():
+    """A likelihood far sharper than the prior hides it."""
+    model, params = NORMAL
+    decoder = params.decoder._replace(noise=jnp.asarray(0.005))
+    check = infsub.check(
+        jax.random.key(0), model, params._replace(decoder=decoder, encoder=decoder)
+    )
+    assert [f.name for f in check.findings] == ["unchecked"]
+    assert "raise num_points" in str(check)
+
+
 def test_uniformity_is_kolmogorov_and_smirnovs_p():
     """The limiting law's quantiles, as tabulated: P(√N D > 1.3581) = 0.05."""
     for scaled, p in ((1.0727, 0.2), (1.2238, 0.1), (1.3581, 0.05), (1.6276, 0.01)):
