@@ -216,6 +216,38 @@ def net(layers: list[Params], activation: str, *inputs: Array) -> tuple[Array, A
     return first, second
 
 
+# Where an activation is a straight line, and the width in which it is one: exact to float32 for elu
+# and relu within 6 of the middle, to 0.1 % within 1 for the others.
+_STRAIGHT = {"elu": (6.0, 1.0), "relu": (6.0, 1.0), "sigmoid": (0.0, 0.1), "tanh": (0.0, 0.05)}
+
+
+def linear_net(
+    layers: list[Params], activation: str, weight: Array, bias: Array, out: Array, shift: Array
+) -> list[Params]:
+    """`layers` made to compute out @ (weight @ x + bias) + shift, by one hidden unit a row of weight.
+
+    The other hidden units stay as they are, with outputs of weight 0. The rows, of order 1, must not
+    outnumber the units of a layer. weight [R, inputs], bias [R], out [outputs, R], shift [outputs].
+    """
+    num_rows = bias.size
+    middle, width = _STRAIGHT[activation]
+    value, slope = jax.value_and_grad(ACTIVATIONS[activation])(middle)
+    new = []
+    # What a row's unit passes on is offset + size · (weight @ x + bias).
+    offset, size = 0.0, 1.0
+    for layer in layers[:-1]:
+        if new:
+            weight, bias = jnp.eye(num_rows, layer["w"].shape[0]), jnp.zeros(num_rows)
+        gain = width / size
+        w = layer["w"].at[:, :num_rows].set(gain * weight.T)
+        b = layer["b"].at[:num_rows].set(middle + gain * (bias - offset))
+        new.append({"w": w, "b": b})
+        offset, size = value, slope * width
+    last = layers[-1]["w"]
+    w = jnp.zeros_like(last).at[:num_rows].set(out.T / size)
+    return [*new, {"w": w, "b": shift - jnp.sum(out, axis=1) * offset / size}]
+
+
 def coupling(activation: str) -> Flow:
     """(a, b) -> (a', b'): b' = b ∘ s(a, h) + m(a, h), then a' = a ∘ s(b', h) + m(b', h); h the context.
 

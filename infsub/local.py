@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from infsub import bounds, posteriors
+from infsub import bounds, densities, posteriors
 from infsub.types import (
     Array,
     Estimate,
+    Gaussian,
     Key,
     Params,
     Posterior,
@@ -105,6 +106,7 @@ def optimize_local(
     params: Params | None = None,
     rule: str | Rule = "fast",
     *,
+    start: Gaussian | None = None,
     num_final_samples: int = 5000,
     **changes: Any,
 ) -> LocalResult:
@@ -119,6 +121,9 @@ def optimize_local(
       rule: "fast" (natural steps for a posterior that knows its natural gradient, else Adam),
         "authors" (Adam 1e-3, 100 samples, stop after 10 windows of 100 steps without improvement),
         or a Rule.
+      start: a Gaussian to start from in place of params, such as the encoder's or `laplace`'s.
+        It is first fitted itself, with full covariance for a posterior that can be such a Gaussian,
+        and the posterior is placed there: `posteriors.start`.
       num_final_samples: K of the returned bounds.
       **changes: fields of the rule to replace, e.g. max_steps=5000.
 
@@ -126,17 +131,41 @@ def optimize_local(
       LocalResult: the best parameters, their ELBO and IWAE in nats, and whether it converged.
 
     Raises:
-      ValueError: an unknown rule, a size below 1, a posterior without the sticking-the-landing or
-        natural gradient under a rule that wants it, or params that are not this posterior's.
+      ValueError: an unknown rule, a size below 1, both params and start, a posterior without the
+        sticking-the-landing or natural gradient under a rule that wants it, or params that are not
+        this posterior's.
       TypeError: an unknown field of the rule, or a density that returns no scalar.
     """
     if rule == "fast" and posterior.natural is not None:
         rule = _NATURAL
     rule = _checked_rule(rule, changes)
     key, key_init = jax.random.split(key)
+    num_steps = jnp.zeros((), int)
+    if start is not None:
+        if params is not None:
+            raise ValueError("params and start are two places to start from: give one")
+        densities.check_gaussian(start)
+        key_init, key_fit = jax.random.split(key_init)
+        if posterior.natural is None:
+            start, num_steps = _best_gaussian(key_fit, target, start, posterior.place is not None)
+        params = posteriors.start(key_init, posterior, start)
     posterior, params = _checked_start(key_init, posterior, params, rule)
     num_final_samples = positive_int("num_final_samples", num_final_samples)
-    return _optimize(key, target, posterior, params, rule, num_final_samples)
+    found = _optimize(key, target, posterior, params, rule, num_final_samples)
+    return found._replace(num_steps=num_steps + found.num_steps)
+
+
+def _best_gaussian(
+    key: Key, target: Target, start: Gaussian, dense: bool
+) -> tuple[Gaussian, Array]:
+    """The best Gaussian from `start`, of full covariance where dense, and the steps it took."""
+    family = posteriors.full_gaussian if dense else posteriors.gaussian
+    key_init, *keys = jax.random.split(key, 3)
+    posterior = family(target.latent_dim)
+    params = posteriors.start(key_init, posterior, start)
+    posterior, params = _checked_start(key_init, posterior, params, _NATURAL)
+    params, num_steps, _ = _search(keys, target, posterior, params, _NATURAL)
+    return posteriors.gaussian_of(params, full=dense), num_steps
 
 
 def local_curve(
@@ -351,10 +380,28 @@ def _optimize(
     rule: Rule,
     num_final_samples: int,
 ) -> LocalResult:
-    key_steps, key_judge, key_final = jax.random.split(key, 3)
+    *keys, key_final = jax.random.split(key, 3)
+    best, num_steps, converged = _search(keys, target, posterior, params, rule)
 
-    def log_weight(key: Key, params: Params) -> Array:
-        return bounds.log_weight(key, target, posteriors.sampler(posterior, params))
+    def log_weight(key: Key) -> Array:
+        return bounds.log_weight(key, target, posteriors.sampler(posterior, best))
+
+    final_keys = jax.random.split(key_final, num_final_samples)
+    chunk = min(_CHUNK_SIZE, num_final_samples)
+    log_weights = jax.lax.map(log_weight, final_keys, batch_size=chunk)
+    iwae = bounds.log_mean_exp(log_weights)
+    error = jnp.std(log_weights, ddof=1) / jnp.sqrt(num_final_samples)
+    nan = jnp.full_like(error, jnp.nan)
+    elbo = iwae._replace(log_px=jnp.mean(log_weights), standard_error=error, ess=nan)
+    return LocalResult(best, elbo, num_steps, converged, iwae)
+
+
+@partial(jax.jit, static_argnames="rule")
+def _search(
+    keys: Sequence[Key], target: Target, posterior: Posterior, params: Params, rule: Rule
+) -> tuple[Params, Array, Array]:
+    """The best params, the steps taken and whether they converged; keys: of steps and of judging."""
+    key_steps, key_judge = keys
 
     def step(rate: Any, carry: Any, number: Array) -> tuple[Any, Array]:
         *fitted, total = carry
@@ -398,19 +445,8 @@ def _optimize(
     best = end.best
     if not rule.paired:  # an unpaired rule has not looked at the start
         best = _where(_compare(judge(best), judge(params))[1], best, params)
-    final_keys = jax.random.split(key_final, num_final_samples)
-    chunk = min(_CHUNK_SIZE, num_final_samples)
-    log_weights = jax.lax.map(lambda key: log_weight(key, best), final_keys, batch_size=chunk)
-    iwae = bounds.log_mean_exp(log_weights)
-    error = jnp.std(log_weights, ddof=1) / jnp.sqrt(num_final_samples)
-    nan = jnp.full_like(error, jnp.nan)
-    return LocalResult(
-        best,
-        iwae._replace(log_px=jnp.mean(log_weights), standard_error=error, ess=nan),
-        jnp.asarray(end.num_steps),
-        (end.num_stalled >= rule.patience) & _has_mean(end.best_values),
-        iwae,
-    )
+    converged = (end.num_stalled >= rule.patience) & _has_mean(end.best_values)
+    return best, jnp.asarray(end.num_steps), converged
 
 
 def _compare(values: Array, best_values: Array) -> tuple[Array, Array]:

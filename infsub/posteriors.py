@@ -18,7 +18,7 @@ odd order.
 from __future__ import annotations
 
 import functools
-import warnings
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -88,11 +88,17 @@ def _sample(sample: Callable[..., Any], params: Params, key: Key) -> tuple[Array
     return sample(key, params)
 
 
-def gaussian_of(params: Params) -> Gaussian:
-    """The base Gaussian q(z0) of any family's params: mean [D], scale [D]."""
+def gaussian_of(params: Params, full: bool = False) -> Gaussian:
+    """The base Gaussian q(z0) of any family's params: mean [D], scale [D].
+
+    full=True gives `full_gaussian`'s own, of scale [D, D].
+    """
     encoded = params["encoded"]
-    log_scale = flows.soft_clip(encoded["log_scale"], _LOG_SCALE_LIMIT)
-    return Gaussian(encoded["mean"], jnp.exp(log_scale))
+    scale = jnp.exp(flows.soft_clip(encoded["log_scale"], _LOG_SCALE_LIMIT))
+    if full:
+        unit = jnp.eye(scale.size, dtype=scale.dtype) + _square(encoded["lower"], scale.size)
+        scale = scale[:, None] * unit
+    return Gaussian(encoded["mean"], scale)
 
 
 def with_gaussian(params: Params, q: Gaussian) -> Params:
@@ -108,6 +114,18 @@ def with_gaussian(params: Params, q: Gaussian) -> Params:
         encoded = encoded | {"lower": (cholesky / q.scale[:, None])[below]}
     q = factorised(q)
     return params | {"encoded": encoded | {"mean": q.mean, "log_scale": jnp.log(q.scale)}}
+
+
+def start(key: Key, posterior: Posterior, q: Gaussian) -> Params:
+    """Params of any family that is q as nearly as it can be: itself, or at its base Gaussian.
+
+    Of the families here `full_gaussian` and `auxiliary` can be any Gaussian, `gaussian` and the
+    base of the others any factorised one.
+    """
+    params = posterior.init(key)
+    if posterior.place is not None and jnp.ndim(q.scale) == 2:
+        return posterior.place(params, q)
+    return with_gaussian(params, q)
 
 
 def factorised(q: Gaussian) -> Gaussian:
@@ -184,6 +202,11 @@ def _below(size: int) -> tuple[np.ndarray, np.ndarray]:
     return rows.astype(np.int32), columns.astype(np.int32)
 
 
+def _square(lower: Array, size: int) -> Array:
+    """The strictly lower triangular matrix [D, D] of "lower"."""
+    return jnp.zeros((size, size), lower.dtype).at[_below(size)].set(lower)
+
+
 def _draw(key: Key, q: Gaussian, sign: Array | int) -> tuple[Array, Array]:
     """One draw of a factorised q and its log q, from noise of this sign."""
     noise = sign * jax.random.normal(key, q.mean.shape, q.mean.dtype)
@@ -234,32 +257,24 @@ def full_gaussian(latent_dim: int) -> Posterior:
         params["encoded"]["lower"] = jnp.zeros(below[0].size)
         return params
 
-    def square(lower: Array) -> Array:
-        return jnp.zeros((latent_dim, latent_dim), lower.dtype).at[below].set(lower)
-
-    def moments(params: Params) -> tuple[Array, Array, Array]:
-        mean, scale = gaussian_of(params)
-        unit = jnp.eye(latent_dim, dtype=mean.dtype) + square(params["encoded"]["lower"])
-        return mean, scale, scale[:, None] * unit
-
     def sample(
         key: Key, params: Params, sticking: bool = False, sign: Array | int = 1
     ) -> tuple[Array, Array]:
-        mean, scale, cholesky = moments(params)
-        noise = sign * jax.random.normal(key, mean.shape, mean.dtype)
-        z = mean + cholesky @ noise
+        q = gaussian_of(params, full=True)
+        noise = sign * jax.random.normal(key, q.mean.shape, q.mean.dtype)
+        z = q.mean + q.scale @ noise
         if sticking:
-            mean, _, cholesky = moments(jax.lax.stop_gradient(params))
-            return z, _distrax().MultivariateNormalTri(mean, cholesky).log_prob(z)
+            return z, densities.gaussian(z, gaussian_of(jax.lax.stop_gradient(params), full=True))
         # From the noise: solving for it would lose every digit where A is large.
-        return z, densities.standard_normal(noise) - jnp.sum(jnp.log(scale))
+        return z, densities.standard_normal(noise) - densities.log_volume(q)
 
     def natural(params: Params, gradient: Params) -> Params:
         # L moves by L M, M lower triangular, of which KL is ‖mean's move‖² + 2 Σ M_ii² + Σ M_ij²,
         # halved: where L is scaled, so is the step. G is the gradient in L.
-        _, scale, cholesky = moments(params)
-        slope, lower = gradient["encoded"], square(params["encoded"]["lower"])
-        slope_lower = square(slope["lower"])
+        cholesky = gaussian_of(params, full=True).scale
+        scale = jnp.diagonal(cholesky)
+        slope, lower = gradient["encoded"], _square(params["encoded"]["lower"], latent_dim)
+        slope_lower = _square(slope["lower"], latent_dim)
         diagonal = slope["log_scale"] - jnp.sum(lower * slope_lower, axis=1)
         g = (slope_lower + jnp.diag(diagonal)) / scale[:, None]
         m = jnp.tril(cholesky.T @ g)
@@ -272,15 +287,7 @@ def full_gaussian(latent_dim: int) -> Posterior:
         }
         return gradient | {"encoded": direction}
 
-    return Posterior(init, sample, natural)
-
-
-def _distrax() -> Any:
-    """Imported on use: it takes seconds, and warns of its own use of JAX's insides."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        import distrax
-    return distrax
+    return Posterior(init, sample, natural, with_gaussian)
 
 
 # Flows
@@ -473,7 +480,42 @@ def auxiliary(
     ) -> tuple[Array, Array]:
         return sample_through(flow, _context(params), key, params, sticking, sign)
 
-    return Posterior(init, sample)
+    def place(params: Params, q: Gaussian) -> Params:
+        # z = mean + √d ∘ e + M v with M = √d ∘ U √λ, where U (1 + λ) Uᵀ is the covariance of z / √d.
+        # Then v given z is Gaussian with independent entries, of variances 1 / (1 + λ): r is exact.
+        narrow = factorised(q)
+        cholesky = q.scale / narrow.scale[:, None]
+        eigenvalues, vectors = jnp.linalg.eigh(cholesky @ cholesky.T)
+        # A little narrower than the narrowest direction needs: all λ > 0.
+        ratio = 0.9 * eigenvalues[0]
+        scale, root = jnp.sqrt(ratio) * narrow.scale, jnp.sqrt(eigenvalues / ratio - 1)
+        rows, context = (vectors / scale[:, None]).T, jnp.zeros((latent_dim, context_dim))
+        rows /= jnp.sqrt(1 + root**2)[:, None]  # of order 1
+        zeros, identity = jnp.zeros((latent_dim, latent_dim)), jnp.eye(latent_dim)
+        means = jnp.diag(root / jnp.sqrt(1 + root**2))
+        shared = params["shared"]
+        r = flows.linear_net(
+            shared["r"],
+            activation,
+            jnp.concatenate([rows, context], axis=1),
+            -rows @ q.mean,
+            jnp.concatenate([means, zeros]),
+            jnp.concatenate([jnp.zeros(latent_dim), -jnp.log1p(root**2) / 2]),
+        )
+        first = flows.linear_net(
+            shared["steps"][0]["first"],
+            activation,
+            jnp.concatenate([identity, context], axis=1),
+            jnp.zeros(latent_dim),
+            jnp.concatenate([zeros, scale[:, None] * vectors * root]),
+            jnp.zeros(2 * latent_dim),
+        )
+        steps = [shared["steps"][0] | {"first": first}, *shared["steps"][1:]]
+        params = with_gaussian(params, Gaussian(q.mean, scale))
+        return params | {"shared": shared | {"r": r, "steps": steps}}
+
+    wide = num_v == latent_dim <= min(*hidden, *auxiliary_hidden, math.inf)
+    return Posterior(init, sample, place=place if wide else None)
 
 
 def hamiltonian(

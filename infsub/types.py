@@ -219,11 +219,14 @@ class Posterior(NamedTuple):
       natural: (params, gradient) -> F⁻¹ gradient, F the Fisher information of q at params: the
         direction in which a gradient in the params is steepest in KL, whatever their units. None
         where the family does not know it.
+      place: (params, q) -> params at which q(z) is q, a Gaussian of full covariance, exactly. None
+        where the family cannot be it: `posteriors.with_gaussian` then gives it a factorised one.
     """
 
     init: Callable[[Key], Params]
     sample: Sample
     natural: Callable[[Params, Params], Params] | None = None
+    place: Callable[[Params, Gaussian], Params] | None = None
 
 
 class UserError(Exception):

@@ -108,6 +108,29 @@ def test_richer_families_are_no_worse(xs, best, log_px, gap, name):
     assert np.mean(found.elbo.log_px - (log_px - gap)) > 0.1
 
 
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("planar", posteriors.planar(4, num_steps=1)),
+        ("auxiliary", posteriors.auxiliary(4, hidden=(10,), auxiliary_hidden=(10,))),
+    ],
+)
+def test_a_start_is_fitted_first(xs, zeros, log_px, gap, name, family):
+    """A flow goes on from the best Gaussian that it can be: FFG, or of full covariance, which is p(z|x)."""
+
+    @jax.jit
+    @jax.vmap
+    def run(key, x, start):
+        target = MODEL.target(x)
+        return optimize_local(key, target, family, start=start, window=5, max_steps=5)
+
+    found = run(keys_for(16, xs), xs, zeros)
+    assert np.all(found.num_steps > 50)  # its own and those of the Gaussian
+    floor = log_px - (0 if name == "auxiliary" else gap)
+    assert np.all(found.elbo.log_px > floor - 4 * found.elbo.standard_error - 0.02)
+    assert np.all(found.elbo.log_px < log_px + 4 * found.elbo.standard_error + 0.01)
+
+
 def test_companions_do_not_change_a_point(xs, zeros):
     """A converged point waits for its block unchanged: the same result in another block."""
     far = Gaussian(zeros.mean + 30, zeros.scale)
@@ -228,6 +251,14 @@ def test_mistakes_are_named(xs):
     with pytest.raises(ValueError, match="a rule of natural=False"):
         optimize_local(key, target, posteriors.planar(4), natural=True)
     params = posterior.init(key)
+    q = Gaussian(jnp.zeros(4), jnp.ones(4))
+    with pytest.raises(ValueError, match="two places to start from"):
+        optimize_local(key, target, posterior, params, start=q)
+    with pytest.raises(ValueError, match=r"q must have a mean \[D\]"):
+        optimize_local(key, target, posterior, start=Gaussian(jnp.zeros(4), jnp.ones(())))
+    for odd in ({"num_samples": 3}, {"num_judged": 3}):
+        with pytest.raises(ValueError, match="antithetic samples come in pairs"):
+            optimize_local(key, target, posterior, **odd)
     for steps in ((), (1, 1), (3, 1), (-1, 2), (0, 1.5), 3):
         with pytest.raises(ValueError, match="steps must be increasing integers of at least 0"):
             local_curve(key, target, posterior, params, steps)  # pyright: ignore

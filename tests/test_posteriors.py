@@ -227,6 +227,29 @@ def test_a_dense_gaussian_as_the_base():
     np.testing.assert_array_equal(again["encoded"]["lower"], 0)
 
 
+@pytest.mark.parametrize("activation", flows.ACTIVATIONS)
+def test_an_auxiliary_flow_placed_at_a_gaussian(activation):
+    """q is the exact posterior, r its conditional: log p(x, z) − log q is log p(x) at every draw."""
+    model = models.linear_gaussian(4, 6)
+    _, x = model.simulate(jax.random.key(20))
+    mean, cov = model.posterior(x)
+    q = Gaussian(mean, jnp.linalg.cholesky(cov))
+    sizes = {"hidden": (9,), "auxiliary_hidden": (8, 6), "context_dim": 2}
+    posterior = posteriors.auxiliary(4, activation=activation, **sizes)
+    params = posteriors.start(jax.random.key(21), posterior, q)
+    weights = bounds.elbo(
+        jax.random.key(22), model.target(x), posteriors.sampler(posterior, params), 1000
+    ).log_weights
+    straight = activation in ("elu", "relu")
+    np.testing.assert_allclose(weights, model.log_px(x), atol=0.05 if straight else 0.5)
+    np.testing.assert_allclose(jnp.mean(weights), model.log_px(x), atol=2e-3 if straight else 0.02)
+    narrow = posteriors.auxiliary(4, hidden=(3,))  # has no room for a straight line of each z
+    params = posteriors.start(jax.random.key(21), narrow, q)
+    np.testing.assert_allclose(
+        posteriors.gaussian_of(params).scale, model.best_gaussian(x).scale, rtol=1e-4
+    )
+
+
 @each_family
 def test_starts_at_the_factorised_gaussian(name):
     """From the same base Gaussian, the ELBO is FFG's within what planar and leapfrog steps cost."""
