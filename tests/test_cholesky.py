@@ -1,4 +1,4 @@
-"""Cholesky factors and triangular systems against numpy's, at the precisions that are used."""
+"""Cholesky factors, triangular systems and eigenvectors against numpy's, at the precisions that are used."""
 
 from __future__ import annotations
 
@@ -41,3 +41,18 @@ def test_a_matrix_that_is_not_positive_definite_has_no_factor():
     for function in (cholesky.factor, cholesky.inverse_factor):
         missing = jnp.isnan(jax.vmap(function)(matrix)).any(axis=(1, 2))
         assert missing.tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("dim", [1, 4, 21, 50])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("float64", 1e-13)])
+def test_eigenvectors_are_orthogonal_and_make_the_matrix_again(dim, dtype, tolerance):
+    with jax.enable_x64(dtype == "float64"):
+        matrix = positive_definite(dim, dtype).at[1].set(jnp.eye(dim, dtype=dtype))  # all equal
+        values, vectors = jax.jit(jax.vmap(cholesky.eigen))(matrix)
+    matrix, values, vectors = map(np.asarray, (matrix, values, vectors))
+    assert values.dtype == vectors.dtype == dtype
+    np.testing.assert_allclose(values, np.linalg.eigvalsh(matrix), atol=tolerance * 10)
+    identity = np.broadcast_to(np.eye(dim), matrix.shape)
+    np.testing.assert_allclose(vectors.mT @ vectors, identity, atol=tolerance)
+    again = (vectors * values[:, None]) @ vectors.mT
+    np.testing.assert_allclose(again, matrix, atol=tolerance * 10)
