@@ -30,6 +30,7 @@ MAX_GRID_ERROR = 0.01  # nats
 # Standard errors of a difference: beyond which a mean is said to be off, and beyond which one
 # datapoint of many is.
 MEAN_ERRORS, POINT_ERRORS = 2.0, 4.0
+CHANCE = 0.05  # that one of the datapoints is flagged for an estimate that was merely lucky
 
 
 class Mean(NamedTuple):
@@ -177,7 +178,7 @@ def decompose(
     lines |= _gaps(lines, families)
     curves, curve_flags = _curves(rows, lines)
     lines = {name: lines[name] for name in schema.in_order(lines)}
-    notes, disagreements = _witnesses(rows, lines, max_pareto_k)
+    notes, disagreements = _witnesses(rows, lines, min_ess, max_pareto_k)
     return Decomposition(
         rows.indices,
         lines,
@@ -369,12 +370,15 @@ def _on_gaps(lines: dict[str, Line], families: list[str], own: str) -> list[str]
 
 
 def _witnesses(
-    rows: Rows, lines: dict[str, Line], max_pareto_k: float
+    rows: Rows, lines: dict[str, Line], min_ess: float, max_pareto_k: float
 ) -> tuple[list[str], list[Flag]]:
     """What the other estimators of log p(x) say of log p̂: notes on its mean, flags of datapoints.
 
     An IWAE bounds log p(x) from below as AIS does, from another start: well above AIS it says that
     AIS has missed mass. Below it says so of its own q, which is no news where its tail is heavy.
+
+    Of few effective samples the standard error, √(1/ESS), says little; but E[ŵ] = p(x), so whatever
+    its tail log ŵ lies t nats too high with a probability of e^−t at most (Markov).
     """
     if schema.LOG_PX.name not in lines:
         return [], []
@@ -395,8 +399,10 @@ def _witnesses(
                 "(config.evaluate.ais.start)."
             )
         limit = POINT_ERRORS * above.errors
+        few = witness.errors > min_ess**-0.5
+        lucky = np.where(few, np.log(above.values.size / CHANCE), 0)
         then = f", where {source.label} misses mass"
-        bad = above.values > limit
+        bad = above.values > np.maximum(limit, lucky)
         flags += _flag(f"{label(name)} above log p̂ {beyond}", bad, some.indices, then)
         if "pareto_k" in witness.fields:
             bad = (above.values < -limit) & (witness.fields["pareto_k"] <= max_pareto_k)
