@@ -2,6 +2,8 @@
 PYTHON ?= python3
 WORKDIR ?= runs/quickstart
 RUN := .venv/bin/python
+# A file's tests stay together, for they share fixtures and programs, until a worker has none left.
+PYTEST := -m pytest -n 2 --dist=worksteal
 # Where it is set, every process compiles the thousand modules of jax anew: six seconds each time.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -9,10 +11,17 @@ quickstart: .venv/plots.done  ## train, evaluate and report on real digits
 	$(RUN) -m infsub.main --config=configs/quickstart.py --workdir=$(WORKDIR)
 
 test: .venv/dev.done  ## the tests
-	$(RUN) -m pytest -n 2 -m 'not slow'
+	$(RUN) $(PYTEST) -m 'not slow'
 
 test-slow: .venv/dev.done  ## the tests that take minutes; CI runs both
-	$(RUN) -m pytest -n 2 -m slow
+	$(RUN) $(PYTEST) -m slow
+
+test-lowest: .venv/bin/uv  ## the tests with the lowest versions that pyproject.toml allows
+	.venv/bin/uv venv --quiet --clear --python $(RUN) .venv/lowest
+	.venv/bin/uv pip install --quiet --python .venv/lowest --resolution lowest-direct \
+		-r pyproject.toml --extra plots --extra dev
+	.venv/bin/uv pip install --quiet --python .venv/lowest --no-deps --editable .
+	.venv/lowest/bin/python $(PYTEST) -m 'not slow' -W default  # old versions warn, and may
 
 lint: .venv/dev.done  ## formatting, lint, types
 	$(RUN) -m ruff format --check .
@@ -47,4 +56,4 @@ wheel: .venv/bin/uv  ## build the wheel, install it alone, and import it
 clean:  ## everything that can be made again, except runs/
 	rm -rf .venv dist .pytest_cache .ruff_cache
 
-.PHONY: quickstart test test-slow lint bench wheel clean
+.PHONY: quickstart test test-slow test-lowest lint bench wheel clean
