@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from infsub import cholesky, densities, hmc
+from infsub import densities, hmc, linalg
 from infsub.bounds import log_joint, log_likelihood, log_mean_exp
 from infsub.schedules import equal_distances, schedule_betas, smooth
 from infsub.types import Array, Estimate, Gaussian, Key, Target, positive_int
@@ -83,7 +83,7 @@ def to_z(frame: Gaussian | None, u: Array) -> Array:
 
 def from_z(frame: Gaussian | None, z: Array) -> Array:
     """u [D] in the frame of z [D]."""
-    return z if frame is None else cholesky.solve(frame.scale, z - frame.mean)
+    return z if frame is None else linalg.solve(frame.scale, z - frame.mean)
 
 
 def geometric_path(

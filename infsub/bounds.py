@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +26,31 @@ from infsub.types import (
 _MAX_TAIL = 512
 
 
-def sampler(q: Gaussian | Sampler) -> Partial:
-    """`q` as a function key -> (z [D], log_q [])."""
+def sampler(q: Gaussian | Sampler | Any) -> Partial:
+    """`q` as a function key -> (z [D], log_q []).
+
+    q may also be a distribution object that has sample_and_log_prob(seed=…), such as distrax's: a
+    pytree, made inside the function of one datapoint, for distrax does not go through vmap.
+
+    Raises:
+      TypeError: q is none of these.
+    """
     if isinstance(q, Gaussian):
         densities.check_gaussian(q)
         return Partial(densities.sample_gaussian, q=q)
+    if hasattr(q, "sample_and_log_prob"):
+        return Partial(_sample_object, q)
+    if not callable(q):
+        hint = ": write infsub.Gaussian(mean, scale)" if isinstance(q, tuple | list) else ""
+        raise TypeError(
+            "q must be a Gaussian, a function key -> (z [D], log_q []), or a distribution with "
+            f"sample_and_log_prob(seed=…); got {type(q).__name__}{hint}"
+        )
     return as_partial(q)
+
+
+def _sample_object(q: Any, key: Key) -> tuple[Array, Array]:
+    return q.sample_and_log_prob(seed=key)
 
 
 def checked(name: str, log_density: LogDensity, z: Array) -> Array:

@@ -7,7 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from infsub import cholesky
+from infsub import linalg
 from infsub.types import Array, Gaussian, Key
 
 LOG_2PI = math.log(2 * math.pi)
@@ -29,7 +29,7 @@ def gaussian(z: Array, q: Gaussian) -> Array:
     """log q(z) = log N(z; mean, S Sᵀ), S = diag(scale) or the Cholesky factor, z [D] -> []."""
     if jnp.ndim(q.scale) < 2:
         return normal(z, q.mean, q.scale)
-    return standard_normal(cholesky.solve(q.scale, z - q.mean)) - log_volume(q)
+    return standard_normal(linalg.solve(q.scale, z - q.mean)) - log_volume(q)
 
 
 def log_volume(q: Gaussian) -> Array:

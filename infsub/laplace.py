@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from infsub import cholesky, densities
+from infsub import densities, linalg
 from infsub.bounds import log_joint
 from infsub.types import Array, Gaussian, Target, positive_int
 
@@ -274,14 +274,14 @@ def _positive(precision: Array, unit: Array) -> Array:
     def raised(carry: tuple[Array, Array]) -> tuple[Array, Array]:
         shift, _ = carry
         identity = jnp.eye(len(precision), dtype=precision.dtype)
-        return 4 * shift, cholesky.inverse_factor(precision + shift * identity)
+        return 4 * shift, linalg.inverse_factor(precision + shift * identity)
 
     def unfinished(carry: tuple[Array, Array]) -> Array:
         shift, scale = carry
         possible = jnp.all(jnp.isfinite(precision)) & jnp.isfinite(shift)
         return jnp.any(jnp.isnan(scale)) & possible
 
-    start = unit, cholesky.inverse_factor(precision)
+    start = unit, linalg.inverse_factor(precision)
     return jax.lax.while_loop(unfinished, raised, start)[1]
 
 

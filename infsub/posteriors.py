@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from infsub import cholesky, densities, flows
+from infsub import densities, flows, linalg
 from infsub.types import Array, Gaussian, Key, Params, Posterior, Target, as_partial, positive_int
 
 _LOG_SCALE_LIMIT = 15.0  # e^±15 is what float32 resolves beside a mean of order 1
@@ -133,7 +133,7 @@ def factorised(q: Gaussian) -> Gaussian:
     if jnp.ndim(q.scale) < 2:
         return q
     identity = jnp.eye(q.mean.size, dtype=q.scale.dtype)
-    inverse = jax.scipy.linalg.solve_triangular(q.scale, identity, lower=True)
+    inverse = linalg.solve(q.scale, identity)
     return Gaussian(q.mean, 1 / jnp.sqrt(jnp.sum(inverse**2, axis=0)))
 
 
@@ -156,7 +156,7 @@ def moment_matched(
         )
     noise = (z - mean) / scale  # of correlations, all of one size, no digit is lost
     correlation = noise.T @ noise / num_samples
-    return Gaussian(mean, scale[:, None] * cholesky.factor(correlation))
+    return Gaussian(mean, scale[:, None] * linalg.factor(correlation))
 
 
 def _cached(constructor: Callable[..., Any]) -> Callable[..., Any]:
@@ -485,7 +485,7 @@ def auxiliary(
         # Then v given z is Gaussian with independent entries, of variances 1 / (1 + λ): r is exact.
         narrow = factorised(q)
         cholesky = q.scale / narrow.scale[:, None]
-        eigenvalues, vectors = jnp.linalg.eigh(cholesky @ cholesky.T)
+        eigenvalues, vectors = linalg.eigen(cholesky @ cholesky.T)
         # A little narrower than the narrowest direction needs: all λ > 0.
         ratio = 0.9 * eigenvalues[0]
         scale, root = jnp.sqrt(ratio) * narrow.scale, jnp.sqrt(eigenvalues / ratio - 1)

@@ -231,3 +231,34 @@ def test_a_new_datapoint_does_not_compile_anew():
         if x[0] == 0:
             first = len(traces)
     assert len(traces) == first
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # distrax's own, of JAX's insides
+def test_q_may_be_a_distribution_object():
+    import distrax
+
+    x = simulate(1)[0]
+    target, exact = MODEL.target(x), MODEL.exact_gaussian(x)
+    q = distrax.MultivariateNormalTri(exact.mean, exact.scale)
+    elbo = infsub.elbo(jax.random.key(0), target, q)
+    np.testing.assert_allclose(elbo.log_weights, MODEL.log_px(x), rtol=1e-4)
+
+    def of_one_point(key, x, model):
+        q = wide(model.best_gaussian(x))
+        object_q = distrax.MultivariateNormalDiag(q.mean, q.scale)
+        target = model.target(x)
+        return infsub.iwae(key, target, q, 500).log_px, infsub.iwae(
+            key, target, object_q, 500
+        ).log_px
+
+    ours, theirs = infsub.map_datapoints(of_one_point, jax.random.key(1), simulate(50), MODEL)
+    difference = ours - theirs  # the same law, from other draws
+    assert abs(difference.mean()) < 4 * difference.std() / np.sqrt(50)
+
+
+@pytest.mark.parametrize("q", [(jnp.zeros(10), jnp.ones(10)), 3.0, jnp.zeros(10)])
+def test_what_is_no_q_is_a_sentence(q):
+    target = MODEL.target(simulate(1)[0])
+    for bound in (infsub.elbo, infsub.iwae):
+        with pytest.raises(TypeError, match=r"q must be a Gaussian, a function .*; got"):
+            bound(jax.random.key(0), target, q)

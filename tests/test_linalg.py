@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from infsub import cholesky
+from infsub import linalg
 
 
 def positive_definite(dim, dtype, size=3):
@@ -20,12 +20,12 @@ def positive_definite(dim, dtype, size=3):
 def test_factors_and_solutions_are_numpys(dim, dtype, tolerance):
     with jax.enable_x64(dtype == "float64"):
         matrix = positive_definite(dim, dtype)
-        lower = jax.jit(jax.vmap(cholesky.factor))(matrix)
-        inverse = jax.jit(jax.vmap(cholesky.inverse_factor))(matrix)
+        lower = jax.jit(jax.vmap(linalg.factor))(matrix)
+        inverse = jax.jit(jax.vmap(linalg.inverse_factor))(matrix)
         b = jax.random.normal(jax.random.key(0), (3, dim, 4), dtype)
         dirty = lower + jnp.triu(jnp.full((dim, dim), jnp.nan, dtype), 1)
-        x = jax.jit(jax.vmap(cholesky.solve))(dirty, b)
-        (column,) = jax.vmap(cholesky.solve)(lower[:1], b[:1, :, 0])
+        x = jax.jit(jax.vmap(linalg.solve))(dirty, b)
+        (column,) = jax.vmap(linalg.solve)(lower[:1], b[:1, :, 0])
     matrix, lower, inverse, b, x, column = map(np.asarray, (matrix, lower, inverse, b, x, column))
     assert lower.dtype == inverse.dtype == x.dtype == dtype
     np.testing.assert_allclose(lower, np.linalg.cholesky(matrix), atol=tolerance)
@@ -38,7 +38,7 @@ def test_factors_and_solutions_are_numpys(dim, dtype, tolerance):
 
 def test_a_matrix_that_is_not_positive_definite_has_no_factor():
     matrix = positive_definite(5, jnp.float32).at[1].add(-3 * jnp.eye(5)).at[2, 3, 3].set(jnp.nan)
-    for function in (cholesky.factor, cholesky.inverse_factor):
+    for function in (linalg.factor, linalg.inverse_factor):
         missing = jnp.isnan(jax.vmap(function)(matrix)).any(axis=(1, 2))
         assert missing.tolist() == [False, True, True]
 
@@ -48,7 +48,7 @@ def test_a_matrix_that_is_not_positive_definite_has_no_factor():
 def test_eigenvectors_are_orthogonal_and_make_the_matrix_again(dim, dtype, tolerance):
     with jax.enable_x64(dtype == "float64"):
         matrix = positive_definite(dim, dtype).at[1].set(jnp.eye(dim, dtype=dtype))  # all equal
-        values, vectors = jax.jit(jax.vmap(cholesky.eigen))(matrix)
+        values, vectors = jax.jit(jax.vmap(linalg.eigen))(matrix)
     matrix, values, vectors = map(np.asarray, (matrix, values, vectors))
     assert values.dtype == vectors.dtype == dtype
     np.testing.assert_allclose(values, np.linalg.eigvalsh(matrix), atol=tolerance * 10)
