@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from infsub.checkpoints import Checkpoints, load_variables
 from infsub.train_step import (
     MAX_EPOCHS,
     METRICS,
+    Task,
     TrainState,
     init_states,
     initial,
@@ -30,7 +31,7 @@ from infsub.train_step import (
     unpacked,
     validate,
 )
-from infsub.types import Array, UserError
+from infsub.types import Array, Key, UserError
 from infsub.vae import Variables, make_vae
 
 SECONDS = 1.0  # what a dispatch may take, so that a signal is heard and progress shown
@@ -83,10 +84,10 @@ class Member:
         waited = epoch - max(start, int(self.progress["best_epoch"]))
         return 0 < train.patience <= waited
 
-    def save(self, step: int, lanes: dict[str, Any]) -> None:
+    def save(self, step: int, state: dict[str, Any]) -> None:
         """Checkpoints this member's state, without waiting for the disk."""
         self.progress["step"] = np.asarray(step)
-        self.checkpoints.save(step, lanes | {"progress": self.progress})
+        self.checkpoints.save(step, state | {"progress": self.progress})
         self.write_csv()
 
     def record(self, row: dict[str, Any], speed: float) -> None:
@@ -141,246 +142,314 @@ def train(config: configs.Config, workdir: str | Path) -> None:
 
 
 def _train(config: configs.Config, workdir: Path) -> None:
-    run = Run(config, workdir)
-    if not run.active:
+    job = _job(config, workdir)
+    if not job.active:
         files.say(f"the training of {workdir} is done.")
     else:
         try:
-            run.restore()
-            run.loop()
+            _loop(job, *_restore(job))
         finally:
-            for member in run.members:
+            for member in job.members:
                 member.close()
-    diverged = [str(m.workdir) for m in run.members if m.ended == "diverged"]
+    diverged = [str(m.workdir) for m in job.members if m.ended == "diverged"]
     if diverged:
         raise records.Stopped(
             f"training diverged in {', '.join(diverged)}: more than config.train.max_skipped="
-            f"{run.train.max_skipped} steps were not finite; the last checkpoint before is kept. "
+            f"{config.train.max_skipped} steps were not finite; the last checkpoint before is kept. "
             "Try a smaller config.train.learning_rate or a config.train.gradient_clip, in another "
             "--workdir.",
             exit_code=1,
         )
 
 
-class Run:
-    """The S models of one config that train together, and their state on the device.
+class Job(NamedTuple):
+    """What stays the same while the S models of one config train together.
 
     Attributes:
+      config: of the run, resolved.
+      workdir: of the run.
+      dataset: to train, validate and test on.
+      task: what runs on the device.
       members: the models' workdirs and records, [S].
-      states: TrainState of leaves [S, …].
-      best: the variables at the best validation value so far, leaves [S, …].
-      step: steps taken, by all of them.
     """
 
-    def __init__(self, config: configs.Config, workdir: Path) -> None:
-        self.config, self.train, self.workdir = config, config.train, workdir
-        names = config.data
-        self.dataset = data.load(names.name, names.dir, names.binarisation, names.levels)
-        try:
-            self.vae = make_vae(config.model, self.dataset.image_shape, self.dataset.levels)
-            jax.eval_shape(self.vae.init, jax.random.key(0))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"config.model cannot be built: {error}") from error
-        num_train = self.dataset.train.size
-        if self.train.batch_size > num_train:
-            raise UserError(
-                f"config.train.batch_size={self.train.batch_size} is more than the {num_train} "
-                f"training images of {names.name}: give a smaller one."
-            )
-        self.task = make_task(self.vae, self.train, num_train)
-        self.per_epoch = self.task.steps_per_epoch
-        self.total = self.train.num_epochs * self.per_epoch
-        self.members = self._claim()
-
-    def _claim(self) -> list[Member]:
-        facts = {
-            "image_shape": self.dataset.image_shape,
-            "levels": self.dataset.levels,
-            "steps_per_epoch": self.per_epoch,
-        }
-        source = records.read_run(Path(self.config.init_from)) if self.config.init_from else {}
-        identities = (self.dataset.identity, source.get("identity", ""))
-        if source:
-            here = configs.identified(self.config, *identities)
-            self.misfits = configs.differences(source["identified"], here)
-        runs = configs.runs(self.config, self.workdir)
-        records.claim(self.config, self.workdir, *identities, **facts)
-        if len(runs) > 1:
-            for config, workdir in runs:
-                records.claim(config, workdir, *identities, **facts)
-        keep_every = self.train.keep_every * self.per_epoch
-        return [Member(config, workdir, keep_every) for config, workdir in runs]
+    config: configs.Config
+    workdir: Path
+    dataset: data.Dataset
+    task: Task
+    members: list[Member]
 
     @property
     def active(self) -> list[int]:
         """The members that still train."""
         return [i for i, member in enumerate(self.members) if not member.ended]
 
-    def restore(self) -> None:
-        """Sets the state to the newest step that all active members have a whole checkpoint of."""
-        seeds = np.asarray([member.config.seed for member in self.members])
-        self.keys, self.look_keys, fresh = initial(self.task, seeds)
-        self.best, self.step = self._warm_start(fresh), 0
-        self.states = init_states(self.task, self.best)
-        members = [self.members[i] for i in self.active]
-        # Lanes of members that have ended keep their initial values, which nobody reads.
-        lanes = jax.tree.map(np.array, self.states._asdict() | {"best": self.best})
-        template = _lane(lanes, 0) | {"progress": members[0].progress}
-        common = set.intersection(*(set(m.checkpoints.steps()) for m in members))
-        if beyond := [step for step in common if step > self.total]:
-            raise UserError(
-                f"{self.workdir} has a checkpoint of step {max(beyond)}, and its training ends at step "
-                f"{self.total}: it is of another run; remove it."
-            )
-        for step in sorted(common, reverse=True):
-            trees = [member.checkpoints.restore(template, step) for member in members]
-            if None not in trees:
-                for i, tree in zip(self.active, filter(None, trees), strict=True):
-                    self.members[i].progress = tree.pop("progress")
-                    jax.tree.map(lambda lane, leaf, i=i: lane.__setitem__(i, leaf), lanes, tree)
-                lanes = jax.tree.map(jnp.asarray, lanes)
-                self.best, self.step = lanes.pop("best"), step
-                self.states = TrainState(**lanes)
-                files.say(f"continuing from step {step} of {self.total}.")
-                break
-        self.keys, self.states, self.images = replicated(
-            self.task, (self.keys, self.states, unpacked(self.dataset.train.images))
-        )
-        for member in members:
-            member.resume(self.step)
+    @property
+    def total(self) -> int:
+        """Steps of the whole training."""
+        return self.config.train.num_epochs * self.task.steps_per_epoch
 
-    def _warm_start(self, variables: Variables) -> Variables:
-        if not self.config.init_from:
-            return variables
-        source, _ = load_variables(self.config.init_from)
-        for part in ("decoder",) if self.config.init_parts == "decoder" else tuple(variables):
-            shapes = jax.tree.map(lambda a: a.shape[1:], variables[part])
-            if jax.tree.map(np.shape, source[part]) != shapes:
-                model = [d for d in self.misfits if d.startswith(("model.", "data"))]
-                raise UserError(
-                    f"the {part} of config.init_from={self.config.init_from} does not fit this "
-                    f"model: {'; '.join(model)}."
-                )
-            variables[part] = jax.tree.map(
-                lambda a, b: jnp.broadcast_to(a, b.shape), source[part], variables[part]
-            )
-        return variables
+    def validates(self, step: int) -> bool:
+        """Whether validation is due after so many steps."""
+        every = self.config.train.validate_every * self.task.steps_per_epoch
+        return step % every == 0 or step == self.total
 
-    def loop(self) -> None:
-        """Trains until all members have ended, or a signal comes."""
-        bar = files.Progress(self.total, "train", done=self.step)
-        chunk, saved = 8, time.monotonic()
-        with signals.noted() as stop:
-            self._end_members()
-            while self.active and not stop.number:
-                begin, start = self.step, time.monotonic()
-                self.step = min(begin + chunk, self._boundary(begin))
-                self.states, rows = train_chunk(
-                    self.task, self.keys, self.states, self.images, begin, self.step
-                )
-                rows = jax.device_get(rows)
-                seconds = time.monotonic() - start
-                speed = (self.step - begin) * self.train.batch_size / seconds
-                if seconds > SECONDS:
-                    chunk = max(1, chunk // 2)
-                elif seconds < SECONDS / 2:
-                    chunk *= 2
-                note = self._end_epochs(begin, rows, speed)
-                self._end_members()
-                kept = self.step % (self.train.keep_every * self.per_epoch or self.total) == 0
-                late = time.monotonic() - saved > self.train.checkpoint_seconds
-                if kept or late:
-                    self._save()
-                    saved = time.monotonic()
-                bar.update(self.step, note)
-                records.write_progress(self.workdir, bar, speed)
-        bar.close()
-        if stop.number:
-            self._save()
-            raise records.Stopped(
-                f"stopped at step {self.step}, saved; the same command continues from there.",
-                exit_code=128 + stop.number,
-            )
-
-    def _boundary(self, step: int) -> int:
+    def boundary(self, step: int) -> int:
         """The first step after `step` where something is due."""
-        every = [self.train.validate_every, MAX_EPOCHS, *filter(None, [self.train.keep_every])]
-        epoch = min((step // self.per_epoch // n + 1) * n for n in every)
-        return min(self.total, epoch * self.per_epoch)
+        train, per_epoch = self.config.train, self.task.steps_per_epoch
+        every = [train.validate_every, MAX_EPOCHS, *filter(None, [train.keep_every])]
+        epoch = min((step // per_epoch // n + 1) * n for n in every)
+        return min(self.total, epoch * per_epoch)
 
-    def _validates(self) -> bool:
-        every = self.train.validate_every * self.per_epoch
-        return self.step % every == 0 or self.step == self.total
 
-    def _end_epochs(self, begin: int, rows: dict[str, np.ndarray], speed: float) -> str:
-        """Records the epochs that ended after `begin`, the last one with validation if it is due."""
-        first, end = begin // self.per_epoch, self.step // self.per_epoch
-        validation = (
-            self._validate(self.states.variables, "validation") if self._validates() else {}
+class Inputs(NamedTuple):
+    """What the steps of a job read, on the device.
+
+    Attributes:
+      keys: of the models, [S].
+      key_validation, key_pictures: common to them.
+      images: of the training split.
+    """
+
+    keys: Key
+    key_validation: Key
+    key_pictures: Key
+    images: data.Images
+
+
+class State(NamedTuple):
+    """What a job's steps change, all models together.
+
+    Attributes:
+      step: steps taken.
+      models: TrainState of leaves [S, …].
+      best: the variables at the best validation value so far, leaves [S, …].
+    """
+
+    step: int
+    models: TrainState
+    best: Variables
+
+
+def _job(config: configs.Config, workdir: Path) -> Job:
+    """Reads the data, builds the model and makes the workdirs this run's."""
+    names, train = config.data, config.train
+    dataset = data.load(names.name, names.dir, names.binarisation, names.levels)
+    try:
+        vae = make_vae(config.model, dataset.image_shape, dataset.levels)
+        jax.eval_shape(vae.init, jax.random.key(0))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"config.model cannot be built: {error}") from error
+    num_train = dataset.train.size
+    if train.batch_size > num_train:
+        raise UserError(
+            f"config.train.batch_size={train.batch_size} is more than the {num_train} "
+            f"training images of {names.name}: give a smaller one."
         )
-        better = np.zeros(len(self.members), bool)
-        for i in self.active:
-            member = self.members[i]
-            for epoch in range(first, end):
-                values = {name: _plain(values[i, epoch - first]) for name, values in rows.items()}
-                count = values.pop("count")
-                means = {n: _plain(np.float32(values.pop(n) / max(count, 1))) for n in METRICS}
-                row = {"epoch": epoch + 1, "step": (epoch + 1) * self.per_epoch, **means, **values}
-                row["skipped"] = self.per_epoch - round(count)
-                if epoch == end - 1 and validation:
-                    row |= {f"validation_{n}": _plain(v[i]) for n, v in validation.items()}
-                    value = row[f"validation_{self.train.criterion}"]
-                    better[i] = member.judge(end, self.step, value)
-                member.record(row, speed)
-        if better.any():
-            self.best = _choose(better, self.states.variables, self.best)
-        if validation and end // self.train.picture_every > first // self.train.picture_every:
-            self._draw(self.states.variables, self.active)
-        shown = validation.get("elbo", rows["elbo"][:, 0] / np.maximum(rows["count"][:, 0], 1))
-        kind = "validation ELBO" if validation else "ELBO"
-        return f"epoch {end}, {kind} {', '.join(f'{v:.2f}' for v in shown)}"
+    task = make_task(vae, train, num_train)
+    source = records.read_run(Path(config.init_from))["identity"] if config.init_from else ""
+    runs = configs.runs(config, workdir)
+    for each, folder in [(config, workdir), *(runs if len(runs) > 1 else [])]:
+        records.claim(
+            each,
+            folder,
+            dataset.identity,
+            source,
+            image_shape=dataset.image_shape,
+            levels=dataset.levels,
+            steps_per_epoch=task.steps_per_epoch,
+        )
+    keep_every = train.keep_every * task.steps_per_epoch
+    members = [Member(each, folder, keep_every) for each, folder in runs]
+    return Job(config, workdir, dataset, task, members)
 
-    def _end_members(self) -> None:
-        """Ends the members that are done, stopped or diverged at this step."""
-        skipped = np.asarray(self.states.skipped)
-        ending = []
-        for i in self.active:
-            member = self.members[i]
-            if skipped[i] > self.train.max_skipped:
-                member.ended = "diverged"
-                member.end({"step": self.step, "skipped": int(skipped[i])})
-            elif self._validates() and member.out_of_patience(self.step // self.per_epoch):
-                member.ended = "stopped early"
-            elif self.step == self.total:
-                member.ended = "finished"
-            if member.ended in ("finished", "stopped early"):
-                ending.append(i)
-        if not ending:
-            return
-        self._save(ending)
-        self._draw(self.best, ending)
-        test = self._validate(self.best, "test")
-        for i in ending:
-            progress = {n: value.item() for n, value in sorted(self.members[i].progress.items())}
-            measured = {f"test_{name}": _plain(value[i]) for name, value in test.items()}
-            samples = {"test_samples": self.train.validation_samples}
-            self.members[i].end(progress | measured | samples | {"skipped": int(skipped[i])})
 
-    def _save(self, members: list[int] | None = None) -> None:
-        lanes = jax.device_get(self.states._asdict() | {"best": self.best})
-        for i in self.active if members is None else members:
-            self.members[i].save(self.step, _lane(lanes, i))
+def _restore(job: Job) -> tuple[Inputs, State]:
+    """The state at the newest step that all active members have a whole checkpoint of."""
+    seeds = np.asarray([member.config.seed for member in job.members])
+    keys, (key_validation, key_pictures), fresh = initial(job.task, seeds)
+    best = _warm_start(job, fresh)
+    state = State(0, init_states(job.task, best), best)
+    members = [job.members[i] for i in job.active]
+    # Members that have ended keep their initial values here, which nobody reads.
+    stacked = jax.tree.map(np.array, _saved(state))
+    template = _of_member(stacked, 0) | {"progress": members[0].progress}
+    common = set.intersection(*(set(m.checkpoints.steps()) for m in members))
+    if beyond := [step for step in common if step > job.total]:
+        raise UserError(
+            f"{job.workdir} has a checkpoint of step {max(beyond)}, and its training ends at step "
+            f"{job.total}: it is of another run; remove it."
+        )
+    for step in sorted(common, reverse=True):
+        trees = [member.checkpoints.restore(template, step) for member in members]
+        if None not in trees:
+            for i, tree in zip(job.active, filter(None, trees), strict=True):
+                job.members[i].progress = tree.pop("progress")
+                jax.tree.map(lambda all, one, i=i: all.__setitem__(i, one), stacked, tree)
+            arrays = jax.tree.map(jnp.asarray, stacked)
+            best = arrays.pop("best")
+            state = State(step, TrainState(**arrays), best)
+            files.say(f"continuing from step {step} of {job.total}.")
+            break
+    images = unpacked(job.dataset.train.images)
+    keys, models, images = replicated(job.task, (keys, state.models, images))
+    for member in members:
+        member.resume(state.step)
+    return Inputs(keys, key_validation, key_pictures, images), state._replace(models=models)
 
-    def _validate(self, variables: Variables, split: str) -> dict[str, np.ndarray]:
-        images, samples = self.dataset.split(split).images, self.train.validation_samples
-        return jax.device_get(validate(self.vae, samples, variables, images, self.look_keys[0]))
 
-    def _draw(self, variables: Variables, members: list[int]) -> None:
-        images, names = self.dataset.validation.images, ("reconstructions", "samples")
-        grids = jax.device_get(pictures(self.vae, variables, images, self.look_keys[1]))
-        for i in members:
-            drawn = {name: grid[i] for name, grid in zip(names, grids, strict=True)}
-            self.members[i].draw(self.step, drawn)
+def _warm_start(job: Job, variables: Variables) -> Variables:
+    """`variables` [S, …] with the parts that the run `init_from` gives."""
+    config = job.config
+    if not config.init_from:
+        return variables
+    source, _ = load_variables(config.init_from)
+    for part in ("decoder",) if config.init_parts == "decoder" else tuple(variables):
+        shapes = jax.tree.map(lambda a: a.shape[1:], variables[part])
+        if jax.tree.map(np.shape, source[part]) != shapes:
+            run = records.read_run(Path(config.init_from))
+            own = configs.identified(config, job.dataset.identity, run["identity"])
+            differing = configs.differences(run["identified"], own)
+            model = [phrase for phrase in differing if phrase.startswith(("model.", "data"))]
+            raise UserError(
+                f"the {part} of config.init_from={config.init_from} does not fit this "
+                f"model: {'; '.join(model)}."
+            )
+        variables[part] = jax.tree.map(
+            lambda a, b: jnp.broadcast_to(a, b.shape), source[part], variables[part]
+        )
+    return variables
+
+
+def _loop(job: Job, inputs: Inputs, state: State) -> None:
+    """Trains until all members have ended, or a signal comes."""
+    train, per_epoch = job.config.train, job.task.steps_per_epoch
+    bar = files.Progress(job.total, "train", done=state.step)
+    chunk, saved = 8, time.monotonic()
+    with signals.noted() as stop:
+        _end_members(job, inputs, state)
+        while job.active and not stop.number:
+            begin, start = state.step, time.monotonic()
+            end = min(begin + chunk, job.boundary(begin))
+            models, rows = train_chunk(
+                job.task, inputs.keys, state.models, inputs.images, begin, end
+            )
+            state, rows = state._replace(step=end, models=models), jax.device_get(rows)
+            seconds = time.monotonic() - start
+            speed = (end - begin) * train.batch_size / seconds
+            if seconds > SECONDS:
+                chunk = max(1, chunk // 2)
+            elif seconds < SECONDS / 2:
+                chunk *= 2
+            state, note = _end_epochs(job, inputs, state, begin, rows, speed)
+            _end_members(job, inputs, state)
+            kept = end % (train.keep_every * per_epoch or job.total) == 0
+            late = time.monotonic() - saved > train.checkpoint_seconds
+            if kept or late:
+                _save(job, state, job.active)
+                saved = time.monotonic()
+            bar.update(end, note)
+            records.write_progress(job.workdir, bar, speed)
+    bar.close()
+    if stop.number:
+        _save(job, state, job.active)
+        raise records.Stopped(
+            f"stopped at step {state.step}, saved; the same command continues from there.",
+            exit_code=128 + stop.number,
+        )
+
+
+def _end_epochs(
+    job: Job, inputs: Inputs, state: State, begin: int, rows: dict[str, np.ndarray], speed: float
+) -> tuple[State, str]:
+    """Records the epochs that ended after step `begin`, the last one with validation if it is due.
+
+    Returns:
+      The state with its best variables, and a note for the progress.
+    """
+    train, per_epoch = job.config.train, job.task.steps_per_epoch
+    first, end = begin // per_epoch, state.step // per_epoch
+    validation = {}
+    if job.validates(state.step):
+        validation = _validate(job, inputs, state.models.variables, "validation")
+    better = np.zeros(len(job.members), bool)
+    for i in job.active:
+        member = job.members[i]
+        for epoch in range(first, end):
+            values = {name: _plain(values[i, epoch - first]) for name, values in rows.items()}
+            count = values.pop("count")
+            means = {n: _plain(np.float32(values.pop(n) / max(count, 1))) for n in METRICS}
+            row = {"epoch": epoch + 1, "step": (epoch + 1) * per_epoch, **means, **values}
+            row["skipped"] = per_epoch - round(count)
+            if epoch == end - 1 and validation:
+                row |= {f"validation_{n}": _plain(v[i]) for n, v in validation.items()}
+                better[i] = member.judge(end, state.step, row[f"validation_{train.criterion}"])
+            member.record(row, speed)
+    if better.any():
+        state = state._replace(best=_choose(better, state.models.variables, state.best))
+    if validation and end // train.picture_every > first // train.picture_every:
+        _draw(job, inputs, state.step, state.models.variables, job.active)
+    shown = validation.get("elbo", rows["elbo"][:, 0] / np.maximum(rows["count"][:, 0], 1))
+    kind = "validation ELBO" if validation else "ELBO"
+    return state, f"epoch {end}, {kind} {', '.join(f'{v:.2f}' for v in shown)}"
+
+
+def _end_members(job: Job, inputs: Inputs, state: State) -> None:
+    """Ends the members that are done, stopped or diverged at this step."""
+    train, epoch = job.config.train, state.step // job.task.steps_per_epoch
+    skipped = np.asarray(state.models.skipped)
+    ending = []
+    for i in job.active:
+        member = job.members[i]
+        if skipped[i] > train.max_skipped:
+            member.ended = "diverged"
+            member.end({"step": state.step, "skipped": int(skipped[i])})
+        elif job.validates(state.step) and member.out_of_patience(epoch):
+            member.ended = "stopped early"
+        elif state.step == job.total:
+            member.ended = "finished"
+        if member.ended in ("finished", "stopped early"):
+            ending.append(i)
+    if not ending:
+        return
+    _save(job, state, ending)
+    _draw(job, inputs, state.step, state.best, ending)
+    test = _validate(job, inputs, state.best, "test")
+    for i in ending:
+        progress = {n: value.item() for n, value in sorted(job.members[i].progress.items())}
+        measured = {f"test_{name}": _plain(value[i]) for name, value in test.items()}
+        samples = {"test_samples": train.validation_samples}
+        job.members[i].end(progress | measured | samples | {"skipped": int(skipped[i])})
+
+
+def _save(job: Job, state: State, members: list[int]) -> None:
+    stacked = jax.device_get(_saved(state))
+    for i in members:
+        job.members[i].save(state.step, _of_member(stacked, i))
+
+
+def _saved(state: State) -> dict[str, Any]:
+    """What a checkpoint holds of the state, by name, leaves [S, …]."""
+    return state.models._asdict() | {"best": state.best}
+
+
+def _of_member(stacked: Any, i: int) -> Any:
+    return jax.tree.map(lambda leaf: leaf[i], stacked)
+
+
+def _validate(job: Job, inputs: Inputs, variables: Variables, split: str) -> dict[str, np.ndarray]:
+    images, num_samples = job.dataset.split(split).images, job.config.train.validation_samples
+    return jax.device_get(
+        validate(job.task.vae, num_samples, variables, images, inputs.key_validation)
+    )
+
+
+def _draw(job: Job, inputs: Inputs, step: int, variables: Variables, members: list[int]) -> None:
+    images, names = job.dataset.validation.images, ("reconstructions", "samples")
+    grids = jax.device_get(pictures(job.task.vae, variables, images, inputs.key_pictures))
+    for i in members:
+        drawn = {name: grid[i] for name, grid in zip(names, grids, strict=True)}
+        job.members[i].draw(step, drawn)
 
 
 def _plain(value: Any) -> float:
@@ -388,13 +457,9 @@ def _plain(value: Any) -> float:
     return float(str(value))
 
 
-def _lane(tree: Any, i: int) -> Any:
-    return jax.tree.map(lambda leaf: leaf[i], tree)
-
-
 @jax.jit
 def _choose(better: Array, new: Any, old: Any) -> Any:
-    """Leaf by leaf, the lanes of `new` where better [S], of `old` elsewhere."""
+    """Leaf by leaf, `new` where better [S], `old` elsewhere."""
 
     def choose(a: Array, b: Array) -> Array:
         return jnp.where(better.reshape(-1, *[1] * (a.ndim - 1)), a, b)

@@ -186,9 +186,9 @@ def initial(task: Task, seeds: Array) -> tuple[Key, tuple[Key, Key], Variables]:
     """Keys [S] of the models of these seeds [S], keys of validation and pictures, fresh variables."""
     keys = jax.vmap(jax.random.key)(seeds)
     variables = jax.vmap(lambda key: task.vae.init(stream(key, Stream.INIT)))(keys)
-    first = jax.random.key(seeds[0])  # all are looked at with the same noise
-    looking = stream(first, Stream.VALIDATION), stream(first, Stream.PICTURES)
-    return keys, looking, variables
+    first = jax.random.key(seeds[0])  # all are validated with the same noise
+    common = stream(first, Stream.VALIDATION), stream(first, Stream.PICTURES)
+    return keys, common, variables
 
 
 @functools.partial(jax.jit, static_argnums=0)
