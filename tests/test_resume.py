@@ -135,7 +135,8 @@ def test_a_stop_request_saves_and_exits(
 def test_seeds_are_resumed_together(command: Command, tmp_path: Path) -> None:
     arguments = ["--config.train.num_seeds=2", "--config.train.num_epochs=3"]
     assert command(tmp_path / "whole", *arguments)["code"] == 0
-    kill = {"signal": signal.SIGKILL, "seconds": 0.2, "glob": str(tmp_path / "run/progress.json")}
+    whole_checkpoint = str(tmp_path / "run/seed_1/checkpoints" / ("[0-9]" * 8))
+    kill = {"signal": signal.SIGKILL, "seconds": 0.1, "glob": whole_checkpoint}
     assert command(tmp_path / "run", *arguments, kill=kill)["code"] == -signal.SIGKILL
     assert "continuing" in command(tmp_path / "run", *arguments)["log"]
     for seed in ("seed_0", "seed_1"):
