@@ -30,7 +30,8 @@ def schedule_betas(schedule: str | Array, num_temperatures: int = 100) -> Array:
             _check_betas(np.asarray(schedule))
         return jnp.asarray(schedule)
     num_temperatures = positive_int("num_temperatures", num_temperatures)
-    u = jnp.arange(num_temperatures + 1) / num_temperatures
+    # By numpy: XLA multiplies by the reciprocal, which takes 159/159 to 0.99999994.
+    u = jnp.asarray(np.arange(num_temperatures + 1) / num_temperatures)
     match schedule:
         case "linear":
             return u

@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from infsub import config
 from infsub.types import UserError
@@ -147,3 +149,30 @@ def test_identity_covers_the_whole_config():
     assert config.identity(base, "d") != config.identity(base, "e")
     assert config.identity(base, "d") != config.identity(base, "d", "weights")
     assert json.loads(json.dumps(config.identified(base, "d"))) == config.identified(base, "d")
+
+
+# Arguments of a config file
+
+DEFAULTS = {"dataset": "binarized_mnist", "posterior": "gaussian", "scale": "paper"}
+values = st.text(st.characters(exclude_characters=",", exclude_categories=["Cs"]), max_size=8)
+
+
+@given(st.lists(st.tuples(st.sampled_from(sorted(DEFAULTS)), values), max_size=5))
+def test_a_variant_is_what_was_said_over_the_defaults(said):
+    arg = ",".join(f"{name}={value}" for name, value in said)
+    assert config.variant(arg, **DEFAULTS) == DEFAULTS | dict(said)
+    assert config.variant(f",{arg},", **DEFAULTS) == DEFAULTS | dict(said)
+
+
+@given(st.text(st.characters(exclude_characters=",", exclude_categories=["Cs"]), min_size=1))
+def test_an_unknown_argument_is_named_with_those_that_there_are(item):
+    if item.partition("=")[0] in DEFAULTS and "=" in item:
+        return
+    with pytest.raises(UserError) as error:
+        config.variant(f"scale=small,{item}", **DEFAULTS)
+    assert repr(item) in str(error.value)
+    assert "dataset=binarized_mnist, posterior=gaussian, scale=paper" in str(error.value)
+
+
+def test_no_argument_leaves_the_defaults():
+    assert config.variant(None, **DEFAULTS) == config.variant("", **DEFAULTS) == DEFAULTS

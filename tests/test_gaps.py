@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from models import linear_gaussian
 
@@ -128,7 +128,6 @@ def any_bounds(draw):
     return values, errors, families
 
 
-@settings(deadline=None)
 @given(any_bounds())
 def test_gaps_add_up_at_every_datapoint(given_bounds):
     values, errors, families = given_bounds
@@ -152,7 +151,6 @@ def test_gaps_add_up_at_every_datapoint(given_bounds):
         assert np.all(line.errors >= 0)
 
 
-@settings(deadline=None)
 @given(any_bounds(), st.lists(WHOLE, min_size=6, max_size=6))
 def test_gaps_are_paired(given_bounds, shifts):
     """What makes one datapoint harder than another, for all bounds alike, changes no gap's error."""

@@ -8,7 +8,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from infsub import files, posteriors, rows
@@ -28,7 +28,6 @@ def names(draw, quantities=rows.QUANTITIES):
     return quantity, quantity.of(family, num_steps), family, num_steps
 
 
-@settings(deadline=None)
 @given(names())
 def test_every_name_is_found_as_what_it_is_of(given_name):
     quantity, name, family, num_steps = given_name
@@ -43,7 +42,6 @@ def test_every_name_is_found_as_what_it_is_of(given_name):
         assert rows.family_label(family) in rows.label(name, latex)
 
 
-@settings(deadline=None)
 @given(
     st.lists(names(MEASURED), min_size=1, max_size=6),
     st.sets(st.integers(0, 10**9), min_size=1, max_size=8),
@@ -78,7 +76,6 @@ def test_what_is_built_comes_back_through_json(tmp_path_factory, given_names, in
         assert got.finite([name]).tolist() == np.isfinite(columns[""])[order].tolist()
 
 
-@settings(deadline=None)
 @given(st.lists(names(), max_size=12))
 def test_lines_stand_in_the_order_of_the_schema(given_names):
     ordered = rows.in_order(name for _, name, _, _ in given_names)
