@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,6 +30,32 @@ TARGET_ACCEPTANCE = 0.8  # of the pilot
 JITTER = 0.3
 _PILOT_CHAINS, _PILOT_TEMPERATURES, _PILOT_SHARE = 8, 25, 1 / 8
 _FIRST_STEP_SIZE = 0.3  # whitened, so O(1) in every model
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["betas", "step_size"],
+    meta_fields=["num_chains", "num_leapfrog", "adaptation", "adaptive_schedule"],
+)
+@dataclass(frozen=True)
+class Settings:
+    """How a run is made, all arguments of `ais` but key, target and q; what is no array is static.
+
+    Attributes:
+      betas: [T+1].
+      step_size: [] or [T].
+      num_chains: K.
+      num_leapfrog: L.
+      adaptation: "pilot", "authors", or "none" where the step sizes were given.
+      adaptive_schedule: whether the pilot chooses the betas too.
+    """
+
+    betas: Array
+    step_size: Array
+    num_chains: int
+    num_leapfrog: int
+    adaptation: str
+    adaptive_schedule: bool
 
 
 class Annealing(NamedTuple):
@@ -141,8 +168,8 @@ def frozen(step_sizes: Array) -> Tuner:
 
 def _pooled(num_temperatures: int, dtype: jnp.dtype) -> Tuner:
     """The pilot's: one step size for all chains of a datapoint, towards the target acceptance."""
-    # A short pilot must move faster. Its chains move by ε, err by about ε² nats, and accept
-    # 2Φ(−ε²/…): of acceptance 0.8, Newton's factor for log ε is 2.5.
+    # A short pilot must move faster, up to Newton's factor: energy errors grow as ε², so the
+    # acceptance 2Φ(−c ε²) has the slope −0.4 in log ε where it is 0.8.
     factor = min(math.sqrt(_PILOT_TEMPERATURES / num_temperatures), 2.5)
 
     def update(log_step, info, _):
@@ -200,21 +227,22 @@ def anneal(
         )
         at = next_states if reverse else states
         log_weights = log_weights + (betas[t + 1] - betas[t]) * at.log_ratio
-        looks = (
+        at_this_temperature = (
             jnp.mean(infos.acceptance),
             jnp.mean(step_size),
             jnp.sum(jnp.isinf(infos.energy_error)),
             jnp.std(next_states.log_ratio),
         )
-        return (next_states, log_weights, tuner.update(tuning, infos, t)), looks
+        return (next_states, log_weights, tuner.update(tuning, infos, t)), at_this_temperature
 
     states = jax.vmap(partial(hmc.init, path))(z)
     carry = states, jnp.zeros(z.shape[0], z.dtype), tuner.state
-    carry, looks = jax.lax.scan(body, carry, jnp.arange(betas.size - 1), reverse=reverse)
+    temperatures = jnp.arange(betas.size - 1)
+    carry, by_temperature = jax.lax.scan(body, carry, temperatures, reverse=reverse)
     states, log_weights, _ = carry
-    acceptance, step_sizes, non_finite, spread = looks
+    acceptance, step_sizes, non_finite, deviations = by_temperature
     info = AISInfo(acceptance, step_sizes, betas, jnp.sum(non_finite), states.z)
-    return log_weights, info, spread
+    return log_weights, info, deviations
 
 
 def start_chains(key: Key, base: Gaussian, num_chains: int) -> Array:
@@ -243,34 +271,18 @@ def _pilot(key: Key, annealing: Annealing, settings: Settings) -> Annealing:
     coarse = annealing._replace(betas=jnp.interp(u, jnp.arange(betas.size, dtype=dtype), betas))
     z = start_chains(key_start, annealing.base, num_chains)
     tuner = _pooled(num_coarse, dtype)
-    _, info, spread = anneal(key_run, coarse, z, tuner, settings.num_leapfrog)
+    _, info, deviations = anneal(key_run, coarse, z, tuner, settings.num_leapfrog)
     if settings.adaptive_schedule:
-        betas = equal_distances(coarse.betas, spread, num_temperatures)
+        betas = equal_distances(coarse.betas, deviations, num_temperatures)
     log_steps = jnp.interp(betas[1:], coarse.betas[1:], smooth(jnp.log(info.step_sizes)))
     return annealing._replace(betas=betas, step_sizes=jnp.exp(log_steps))
 
 
-class Settings(NamedTuple):
-    """The static part of a run: what is compiled for."""
-
-    num_chains: int
-    num_leapfrog: int
-    adaptation: str  # "pilot", "authors", or "none": step sizes given
-    adaptive_schedule: bool = False
-
-
-def prepare(
-    key: Key,
-    target: Target,
-    q: Gaussian | None,
-    betas: Array,
-    step_size: Array,
-    settings: Settings,
-) -> Annealing:
-    """Freezes what the measuring run needs; betas [T+1], step_size [] or [T]."""
+def prepare(key: Key, target: Target, q: Gaussian | None, settings: Settings) -> Annealing:
+    """Freezes what the measuring run needs."""
     path, base, frame = geometric_path(target, q)
-    betas = betas.astype(base.mean.dtype)
-    step_sizes = jnp.broadcast_to(step_size.astype(betas.dtype), (betas.size - 1,))
+    betas = settings.betas.astype(base.mean.dtype)
+    step_sizes = jnp.broadcast_to(settings.step_size.astype(betas.dtype), (betas.size - 1,))
     annealing = Annealing(path, base, frame, betas, step_sizes)
     if settings.adaptation != "pilot":
         return annealing
@@ -293,23 +305,24 @@ def forward(key: Key, annealing: Annealing, settings: Settings) -> tuple[Estimat
     return log_mean_exp(log_weights)._replace(acceptance=jnp.mean(info.acceptance)), info
 
 
-@partial(jax.jit, static_argnames="settings")
-def _ais(key, target, q, betas, step_size, settings):
+@jax.jit
+def _ais(
+    key: Key, target: Target, q: Gaussian | None, settings: Settings
+) -> tuple[Estimate, AISInfo]:
     key_pilot, key_run = jax.random.split(key)
-    annealing = prepare(key_pilot, target, q, betas, step_size, settings)
-    return forward(key_run, annealing, settings)
+    return forward(key_run, prepare(key_pilot, target, q, settings), settings)
 
 
-def check_arguments(
+def checked_settings(
     q: Gaussian | None,
     num_chains: int,
     num_temperatures: int,
     num_leapfrog: int,
     schedule: str | Array,
-    adaptation: str,
     step_size: float | Array | None,
-) -> tuple[Array, Array, Settings]:
-    """The arguments of `ais` as (betas [T+1], step_size [] or [T], settings), or an error."""
+    adaptation: str = "pilot",
+) -> Settings:
+    """The arguments of `ais` as Settings, or an error that names the one that cannot be."""
     if q is not None and not isinstance(q, Gaussian):
         raise TypeError(
             "q must be a Gaussian(mean, scale), whose density AIS can anneal, or None for the "
@@ -331,9 +344,14 @@ def check_arguments(
         raise ValueError(
             f"step_size must be a number or an array [T={betas.size - 1}]; got shape {step_size.shape}"
         )
-    num_chains = positive_int("num_chains", num_chains)
-    num_leapfrog = positive_int("num_leapfrog", num_leapfrog)
-    return betas, step_size, Settings(num_chains, num_leapfrog, adaptation, adaptive)
+    return Settings(
+        betas,
+        step_size,
+        positive_int("num_chains", num_chains),
+        positive_int("num_leapfrog", num_leapfrog),
+        adaptation,
+        adaptive,
+    )
 
 
 def ais_with_info(
@@ -349,10 +367,10 @@ def ais_with_info(
     step_size: float | Array | None = None,
 ) -> tuple[Estimate, AISInfo]:
     """`ais`, and what one may look at of its run: acceptance by temperature, non-finite counts."""
-    betas, step_size, settings = check_arguments(
-        q, num_chains, num_temperatures, num_leapfrog, schedule, adaptation, step_size
+    settings = checked_settings(
+        q, num_chains, num_temperatures, num_leapfrog, schedule, step_size, adaptation
     )
-    return _ais(key, target, q, betas, step_size, settings)
+    return _ais(key, target, q, settings)
 
 
 def ais(
@@ -392,14 +410,7 @@ def ais(
     Raises:
       ValueError, TypeError: an argument that cannot be; the message names it.
     """
-    return ais_with_info(
-        key,
-        target,
-        q,
-        num_chains,
-        num_temperatures,
-        num_leapfrog,
-        schedule,
-        adaptation=adaptation,
-        step_size=step_size,
-    )[0]
+    settings = checked_settings(
+        q, num_chains, num_temperatures, num_leapfrog, schedule, step_size, adaptation
+    )
+    return _ais(key, target, q, settings)[0]

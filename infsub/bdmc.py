@@ -7,7 +7,6 @@ backwards from it gives a stochastic upper bound, and with AIS a certificate of 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -18,7 +17,7 @@ from infsub.ais import (
     Annealing,
     Settings,
     anneal,
-    check_arguments,
+    checked_settings,
     forward,
     from_z,
     frozen,
@@ -56,11 +55,12 @@ def reverse(
     return inverse._replace(log_px=-inverse.log_px, log_weights=log_weights), info
 
 
-@partial(jax.jit, static_argnames="settings")
-def _reverse_ais(key, target, z, q, betas, step_size, settings):
+@jax.jit
+def _reverse_ais(
+    key: Key, target: Target, z: Array, q: Gaussian | None, settings: Settings
+) -> Estimate:
     key_pilot, key_run = jax.random.split(key)
-    annealing = prepare(key_pilot, target, q, betas, step_size, settings)
-    return reverse(key_run, annealing, z, settings)[0]
+    return reverse(key_run, prepare(key_pilot, target, q, settings), z, settings)[0]
 
 
 def reverse_ais(
@@ -93,10 +93,8 @@ def reverse_ais(
       ValueError, TypeError: an argument that cannot be; the message names it.
     """
     _check_sample(z, target)
-    betas, step_size, settings = check_arguments(
-        q, num_chains, num_temperatures, num_leapfrog, schedule, "pilot", step_size
-    )
-    return _reverse_ais(key, target, z, q, betas, step_size, settings)
+    settings = checked_settings(q, num_chains, num_temperatures, num_leapfrog, schedule, step_size)
+    return _reverse_ais(key, target, z, q, settings)
 
 
 def _check_sample(z: Array, target: Target) -> None:
@@ -106,10 +104,10 @@ def _check_sample(z: Array, target: Target) -> None:
         )
 
 
-@partial(jax.jit, static_argnames="settings")
-def _bdmc(key, target, z, q, betas, step_size, settings):
+@jax.jit
+def _bdmc(key: Key, target: Target, z: Array, q: Gaussian | None, settings: Settings) -> BDMC:
     key_pilot, key_forward, key_reverse = jax.random.split(key, 3)
-    annealing = prepare(key_pilot, target, q, betas, step_size, settings)
+    annealing = prepare(key_pilot, target, q, settings)
     lower, _ = forward(key_forward, annealing, settings)
     upper, _ = reverse(key_reverse, annealing, z, settings)
     error = jnp.hypot(lower.standard_error, upper.standard_error)
@@ -146,7 +144,5 @@ def bdmc(
     key_model, key = jax.random.split(key)
     z, target, q = model(key_model)
     _check_sample(z, target)
-    betas, step_size, settings = check_arguments(
-        q, num_chains, num_temperatures, num_leapfrog, schedule, "pilot", step_size
-    )
-    return _bdmc(key, target, z, q, betas, step_size, settings)
+    settings = checked_settings(q, num_chains, num_temperatures, num_leapfrog, schedule, step_size)
+    return _bdmc(key, target, z, q, settings)

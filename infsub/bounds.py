@@ -26,7 +26,7 @@ from infsub.types import (
 _MAX_TAIL = 512
 
 
-def sampler(q: Gaussian | Sampler | Any) -> Partial:
+def as_sampler(q: Gaussian | Sampler | Any) -> Partial:
     """`q` as a function key -> (z [D], log_q []).
 
     q may also be a distribution object that has sample_and_log_prob(seed=…), such as distrax's: a
@@ -106,7 +106,7 @@ def elbo(key: Key, target: Target, q: Gaussian | Sampler, num_samples: int = 100
       ValueError: num_samples < 1, or q's shape is not the target's.
       TypeError: a density returns no scalar.
     """
-    return _elbo(key, target, sampler(q), positive_int("num_samples", num_samples))
+    return _elbo(key, target, as_sampler(q), positive_int("num_samples", num_samples))
 
 
 @partial(jax.jit, static_argnames="num_samples")
@@ -176,7 +176,7 @@ def iwae(
       TypeError: a density returns no scalar.
     """
     num_samples = positive_int("num_samples", num_samples)
-    return _iwae(key, target, sampler(q), num_samples, positive_int("chunk_size", chunk_size))
+    return _iwae(key, target, as_sampler(q), num_samples, positive_int("chunk_size", chunk_size))
 
 
 @partial(jax.jit, static_argnames=("num_samples", "chunk_size"))

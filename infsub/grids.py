@@ -58,7 +58,7 @@ def centres(window: Window, num_cells: int) -> Array:
     return window.low + window.width * unit
 
 
-def log_joint(target: Target, window: Window, num_cells: int) -> Array:
+def log_joint_of_cells(target: Target, window: Window, num_cells: int) -> Array:
     """log p(x, z) at the centres of the cells, [G, G]: column by column, so memory stays small."""
     point = partial(bounds.log_joint, target)
     return jax.lax.map(jax.vmap(point), centres(window, num_cells))
@@ -75,7 +75,7 @@ def find_window(target: Target, num_cells: int) -> Window:
         raise ValueError(f"a grid needs latent_dim=2, a plane; got {target.latent_dim}")
 
     def step(_: int, window: Window) -> Window:
-        return zoom(window, log_joint(target, window, num_cells), _TAIL)
+        return zoom(window, log_joint_of_cells(target, window, num_cells), _TAIL)
 
     start = Window(jnp.full(2, -_REACH), jnp.asarray(2 * _REACH))
     return jax.lax.fori_loop(0, _NUM_ZOOMS, step, start)
@@ -107,7 +107,7 @@ def _square(low: Array, high: Array) -> Window:
 
 
 def integrate(values: Array, window: Window) -> Quadrature:
-    """log ∫ exp(values) dz over the window, values [G, G] such as `log_joint` -> Quadrature."""
+    """log ∫ exp(values) dz over the window, values [G, G] such as `log_joint_of_cells` -> Quadrature."""
     log_cell = 2 * (jnp.log(window.width) - math.log(values.shape[0]))
     total = bounds.log_sum_exp(values.ravel()) + log_cell
     white = jnp.sum(jnp.indices(values.shape), axis=0) % 2 == 0
@@ -122,12 +122,12 @@ def log_px(target: Target, num_cells: int = 100) -> Quadrature:
     Raises ValueError as `find_window`; TypeError when a density returns no scalar.
     """
     window = find_window(target, num_cells)
-    return integrate(log_joint(target, window, num_cells), window)
+    return integrate(log_joint_of_cells(target, window, num_cells), window)
 
 
 def draw(key: Key, q: Gaussian | Sampler, num_samples: int) -> Array:
     """z [K, 2] of q: Gaussian(mean [2], scale [2]), or a sampler key -> (z [2], log_q [])."""
-    return _draw(key, bounds.sampler(q), positive_int("num_samples", num_samples))
+    return _draw(key, bounds.as_sampler(q), positive_int("num_samples", num_samples))
 
 
 @partial(jax.jit, static_argnames="num_samples")

@@ -70,7 +70,7 @@ def init(path: Path, z: Array) -> HMCState:
     return HMCState(z, log_base, log_ratio, grad_base, grad_ratio)
 
 
-def leapfrog(
+def trajectory(
     state: HMCState,
     momentum: Array,
     path: Path,
@@ -124,11 +124,11 @@ def step(
 ) -> tuple[HMCState, HMCInfo]:
     """One HMC transition that leaves π_β invariant and is reversible with respect to it.
 
-    A proposal whose energy or gradient is not finite is rejected. Arguments as in `leapfrog`.
+    A proposal whose energy or gradient is not finite is rejected. Arguments as in `trajectory`.
     """
     key_momentum, key_accept = jax.random.split(key)
     momentum = jax.random.normal(key_momentum, state.z.shape, state.z.dtype)
-    end, end_momentum = leapfrog(state, momentum, path, beta, step_size, scale, num_leapfrog)
+    end, end_momentum = trajectory(state, momentum, path, beta, step_size, scale, num_leapfrog)
     kinetic = 0.5 * (jnp.sum(end_momentum**2) - jnp.sum(momentum**2))
     energy_error = kinetic - (end.log_density(beta) - state.log_density(beta))
     finite = jnp.isfinite(energy_error) & jnp.all(jnp.isfinite(end_momentum))

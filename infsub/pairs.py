@@ -148,7 +148,7 @@ def encode_twice(key: Key, x: Any, model: Model, params: Params) -> tuple[Array,
         if isinstance(q, Gaussian):
             scale = q.scale if jnp.ndim(q.scale) < 2 else jnp.diagonal(q.scale)
             return ravel_pytree(q)[0], scale
-        return ravel_pytree(bounds.sampler(q)(key))[0], jnp.full(model.latent_dim, jnp.nan)
+        return ravel_pytree(bounds.as_sampler(q)(key))[0], jnp.full(model.latent_dim, jnp.nan)
 
     (first, scale), (second, _) = encoded(), encoded()
     return jnp.stack([first, second]), scale
@@ -172,7 +172,7 @@ def derivatives(density: LogDensity, z: Array, probe: Array) -> tuple[Array, Arr
 
 def checked_sampler(q: Any, latent_dim: int) -> Callable[[Key], tuple[Array, Array]]:
     """q as a function key -> (z [D], log_q []); a ValueError where z has another shape."""
-    draw: Sampler = bounds.sampler(q)
+    draw: Sampler = bounds.as_sampler(q)
 
     def checked(key: Key) -> tuple[Array, Array]:
         z, log_q = draw(key)

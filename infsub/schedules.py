@@ -60,7 +60,7 @@ def _check_betas(betas: np.ndarray) -> None:
         )
 
 
-def equal_distances(betas: Array, spread: Array, num_temperatures: int) -> Array:
+def equal_distances(betas: Array, deviations: Array, num_temperatures: int) -> Array:
     """T temperatures at equal distances ∫ sd_β(log_ratio) dβ, [T+1].
 
     They lose, to second order, equal conditional effective sample size at each step (Zhou, Johansen
@@ -68,11 +68,11 @@ def equal_distances(betas: Array, spread: Array, num_temperatures: int) -> Array
 
     Args:
       betas: [P+1], where a pilot looked.
-      spread: [P], sd of log_ratio over its chains at betas[1:].
+      deviations: [P], sd of log_ratio over its chains at betas[1:].
       num_temperatures: T.
     """
-    spread = jnp.maximum(smooth(spread), 1e-6 * jnp.max(spread))
-    lengths = jnp.cumsum(spread * jnp.diff(betas))
+    deviations = jnp.maximum(smooth(deviations), 1e-6 * jnp.max(deviations))
+    lengths = jnp.cumsum(deviations * jnp.diff(betas))
     lengths = jnp.concatenate([jnp.zeros(1, betas.dtype), lengths])
     equal = jnp.linspace(0, 1, num_temperatures + 1, dtype=betas.dtype) * lengths[-1]
     return jnp.interp(equal, lengths, betas).at[-1].set(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 
 import jax
@@ -13,6 +14,7 @@ from models import linear_gaussian
 
 import infsub
 from infsub import schedules
+from infsub.ais import anneal, checked_settings, frozen, pilot_size, prepare, start_chains
 from infsub.types import Gaussian, Target
 
 
@@ -199,30 +201,59 @@ def infsub_normal(z, mean, scale):
 
 
 def test_frozen_step_sizes_are_used_as_given():
+    """Each at its own temperature: nearly none moves and all are accepted, or 3 widths and few are."""
     model = linear_gaussian(3, 6)
     _, xs = simulate(model, 1)
     target, q = model.target(xs[0]), model.best_gaussian(xs[0])
-    step_size = jnp.linspace(0.05, 0.5, 20)
+    step_size = jnp.where(jnp.arange(20) % 3 == 0, 3.0, 0.01)
     _, info = infsub.ais_with_info(jax.random.key(0), target, q, 400, 20, 2, step_size=step_size)
-    # jitter is uniform on [0.3, 1], a transition: its mean is 0.65, over 400 chains
-    assert info.acceptance.shape == (20,)
     np.testing.assert_allclose(info.step_sizes, step_size, rtol=1e-6)
+    assert np.all(info.acceptance[step_size > 1] < 0.8)
+    assert np.all(info.acceptance[step_size < 1] > 0.999)
     assert info.non_finite == 0
     assert info.z.shape == (400, 3)
 
 
-def test_the_pilot_steers_acceptance_at_every_temperature():
+def test_a_trajectory_of_a_whole_period_does_not_come_back():
+    """On N(0, I) ten steps of 0.618 are one turn: of fixed length, every one would end at its start."""
+    q = Gaussian(jnp.zeros(2), jnp.ones(2))
+    flat = Target(None, lambda z: 0.0 * jnp.sum(z), 2)
+    settings = checked_settings(q, 500, 5, 10, "linear", 2 * np.sin(np.pi / 10))
+    annealing = prepare(jax.random.key(0), flat, q, settings)
+    z = start_chains(jax.random.key(1), q, 500)
+    _, info, _ = jax.jit(lambda key: anneal(key, annealing, z, frozen(annealing.step_sizes), 10))(
+        jax.random.key(2)
+    )
+    correlation = np.corrcoef(z.ravel(), info.z.ravel())[0, 1]
+    assert abs(correlation) < 0.3  # 0.98 of a fixed length
+
+
+def test_the_pilot_is_a_small_share():
+    assert pilot_size(16, 100) == (8, 25)  # the default: an eighth of 1600 transitions
+    assert pilot_size(100, 10_000) == (8, 25)
+    assert pilot_size(16, 10) == (4, 5)
+    for num_chains, num_temperatures in itertools.product(
+        (1, 2, 5, 16, 64), (1, 2, 7, 10, 50, 300)
+    ):
+        chains, temperatures = pilot_size(num_chains, num_temperatures)
+        assert chains >= 2
+        assert 1 <= temperatures <= max(num_temperatures // 2, 1) + num_temperatures % 2
+        assert chains == 2 or chains * temperatures <= num_chains * num_temperatures / 8
+
+
+@pytest.mark.parametrize(("num_temperatures", "settled"), [(50, 10), (10, 3)])
+def test_the_pilot_steers_acceptance_at_every_temperature(num_temperatures, settled):
     model = linear_gaussian(20, 40, noise=0.1)
     _, xs = simulate(model, 20)
 
     def point(key, x, model):
         q = wrong(model.best_gaussian(x), 0.5, 2.0)
-        return infsub.ais_with_info(key, model.target(x), q, 16, 50)[1]
+        return infsub.ais_with_info(key, model.target(x), q, 16, num_temperatures)[1]
 
     info = infsub.map_datapoints(point, jax.random.key(0), xs, model)
     by_temperature = info.acceptance.mean(axis=0)
     assert np.all(by_temperature > 0.6)
-    assert np.all(by_temperature[10:] < 0.97)
+    assert np.all(by_temperature[settled:] < 0.97)
 
 
 def test_the_authors_rule():

@@ -100,7 +100,7 @@ def test_streaming_does_not_change_the_estimate(num_samples):
     target, q = MODEL.target(x), wide(MODEL.best_gaussian(x))
     key = jax.random.key(2)
     streamed = infsub.iwae(key, target, q, num_samples, chunk_size=100)
-    draw = partial(bounds.log_weight, target=target, q=bounds.sampler(q))
+    draw = partial(bounds.log_weight, target=target, q=bounds.as_sampler(q))
     keys = jax.vmap(lambda k: jax.random.fold_in(key, k))(jnp.arange(num_samples))
     plain = bounds.log_mean_exp(jax.vmap(draw)(keys))
     whole = infsub.iwae(key, target, q, num_samples, chunk_size=num_samples)

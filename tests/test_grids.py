@@ -28,7 +28,7 @@ def quadratures(request):
         _, x = model.simulate(key)
         target = model.target(x)
         window = grids.find_window(target, G)
-        values = grids.log_joint(target, window, G)
+        values = grids.log_joint_of_cells(target, window, G)
         return x, window, values, grids.integrate(values, window), grids.log_px(target, G)
 
     return model, *one(jax.random.split(jax.random.key(3), 20))

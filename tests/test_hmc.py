@@ -40,7 +40,7 @@ def start():
 @pytest.mark.parametrize("num_leapfrog", [1, 2, 10])
 def test_leapfrog_is_the_textbook_one(start, num_leapfrog):
     state, momentum = start
-    end, end_momentum = hmc.leapfrog(state, momentum, PATH, BETA, 0.1, SCALE, num_leapfrog)
+    end, end_momentum = hmc.trajectory(state, momentum, PATH, BETA, 0.1, SCALE, num_leapfrog)
     z, v, step = state.z, momentum, 0.1 * SCALE
     for _ in range(
         num_leapfrog
@@ -69,15 +69,15 @@ def test_a_trajectory_takes_exactly_l_gradients(start, num_leapfrog):
 
     path = PATH._replace(log_ratio=Partial(counted))
     state, momentum = start
-    jax.block_until_ready(hmc.leapfrog(state, momentum, path, BETA, 0.1, SCALE, num_leapfrog))
+    jax.block_until_ready(hmc.trajectory(state, momentum, path, BETA, 0.1, SCALE, num_leapfrog))
     jax.effects_barrier()
     assert len(evaluations) == num_leapfrog
 
 
 def test_leapfrog_is_reversible(start):
     state, momentum = start
-    end, end_momentum = hmc.leapfrog(state, momentum, PATH, BETA, 0.1, SCALE, 10)
-    back, back_momentum = hmc.leapfrog(end, -end_momentum, PATH, BETA, 0.1, SCALE, 10)
+    end, end_momentum = hmc.trajectory(state, momentum, PATH, BETA, 0.1, SCALE, 10)
+    back, back_momentum = hmc.trajectory(end, -end_momentum, PATH, BETA, 0.1, SCALE, 10)
     assert jnp.max(jnp.abs(end.z - state.z)) > 0.1
     np.testing.assert_allclose(back.z, state.z, atol=1e-5)
     np.testing.assert_allclose(-back_momentum, momentum, atol=1e-5)
@@ -87,7 +87,9 @@ def test_leapfrog_preserves_volume(start):
     state, momentum = start
 
     def flow(phase):
-        end, v = hmc.leapfrog(hmc.init(PATH, phase[:DIM]), phase[DIM:], PATH, BETA, 0.3, SCALE, 10)
+        end, v = hmc.trajectory(
+            hmc.init(PATH, phase[:DIM]), phase[DIM:], PATH, BETA, 0.3, SCALE, 10
+        )
         return jnp.concatenate([end.z, v])
 
     jacobian = jax.jacobian(flow)(jnp.concatenate([state.z, momentum]))
@@ -104,7 +106,7 @@ def test_energy_error_is_second_order():
         def energy_error(num_leapfrog):  # of one unit of time
             state = hmc.init(PATH, z)
             scale = SCALE.astype(jnp.float64)
-            end, w = hmc.leapfrog(state, v, PATH, BETA, 1 / num_leapfrog, scale, num_leapfrog)
+            end, w = hmc.trajectory(state, v, PATH, BETA, 1 / num_leapfrog, scale, num_leapfrog)
             kinetic = 0.5 * (jnp.sum(w**2) - jnp.sum(v**2))
             return kinetic - (end.log_density(BETA) - state.log_density(BETA))
 

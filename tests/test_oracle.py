@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,6 +71,26 @@ def test_ais_from_the_encoder(oracle):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("encoder", [True, False])
+def test_ais_from_laplace(oracle, encoder):
+    """A twentieth of the gradients, with the encoder's mean or from 0, to the same value."""
+    params, xs = oracle
+
+    def point(key, x, params):
+        target = oracle_target(params, x)
+        q, info = infsub.laplace_with_info(target, oracle_encoder(params, x) if encoder else None)
+        return infsub.ais(key, target, q, 16, 10, 5), info
+
+    estimate, info = infsub.map_datapoints(point, jax.random.key(0), xs, params)
+    mean, error = mean_and_error(estimate)
+    assert error < 0.02
+    assert abs(mean - -86.406) < 3 * np.hypot(error, 0.004)
+    assert estimate.ess.mean() > 0.75 * 16
+    assert info.converged.all()
+    assert info.num_gradients.mean() < (150 if encoder else 300)
+
+
+@pytest.mark.slow
 def test_the_authors_preset_is_as_loose_as_the_peers(oracle):
     params, xs = oracle
 
@@ -80,20 +102,23 @@ def test_the_authors_preset_is_as_loose_as_the_peers(oracle):
     assert abs(estimate.log_px.mean() - -106.15) < 3 * np.hypot(0.45, 0.7)
 
 
-def simulate(key, params):
+def simulate(key, params, laplace):
     key_z, key_x = jax.random.split(key)
     z = jax.random.normal(key_z, (50,))
     x = jax.random.bernoulli(key_x, jax.nn.sigmoid(oracle_decode(params, z))).astype(jnp.float32)
-    return z, oracle_target(params, x), oracle_encoder(params, x)
+    target, q = oracle_target(params, x), oracle_encoder(params, x)
+    return z, target, infsub.laplace(target, q) if laplace else q
 
 
 @pytest.mark.slow
-def test_certificate(oracle):
+@pytest.mark.parametrize(("laplace", "size"), [(False, (16, 100, 10)), (True, (16, 25, 5))])
+def test_certificate(oracle, laplace, size):
     """BDMC on points that the oracle simulates: the mean gap, and both bounds in order."""
     params, _ = oracle
 
     def point(key, _, params):
-        return infsub.bdmc(key, Partial(simulate, params=params), 16, 100).gap
+        model = Partial(partial(simulate, laplace=laplace), params=params)
+        return infsub.bdmc(key, model, *size).gap
 
     gap = infsub.map_datapoints(point, jax.random.key(1), np.arange(100), params)
     error = gap.std(ddof=1) / np.sqrt(gap.size)
