@@ -104,7 +104,17 @@ def test_no_step_is_for_the_worse_and_every_scale_is_a_scale(full):
         np.testing.assert_allclose(q.scale[info.converged] ** -2, precision, rtol=1e-3)
 
 
-def test_a_maximum_it_cannot_see_below_is_not_passed_as_positive_curvature():
+def test_a_worse_point_is_refused():
+    """A tip so sharp that the shortest step overshoots it: the start is kept, and said to be it."""
+    tip = Target(None, lambda z: -1000 * jnp.sum(jnp.abs(z - 1)), 2)
+    start = jnp.array([1.001, 0.999])
+    q, info = infsub.laplace_with_info(tip, start)
+    np.testing.assert_array_equal(q.mean, start)
+    assert info.num_steps == 0
+    assert not info.converged
+
+
+def test_at_a_saddle_the_scale_is_positive_definite_all_the_same():
     """At a saddle the gradient is 0, so it stays; the scale is positive definite all the same."""
     saddle = Target(None, lambda z: 3 * z[0] ** 2 - z[1] ** 2, 2)
     q, info = infsub.laplace_with_info(saddle, jnp.zeros(2))
