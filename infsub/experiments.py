@@ -34,6 +34,8 @@ SCALES: dict[str, dict[str, Any]] = {
         "evaluate.per_class": 100,
         "evaluate.ais.num_chains": 100,
         "evaluate.ais.num_temperatures": 10_000,
+        "evaluate.ais.num_leapfrog": 10,
+        "evaluate.ais.start": "posterior",
         "evaluate.local.preset": "authors",
         "evaluate.local.max_steps": 100_000,
     },
