@@ -159,7 +159,9 @@ def test_a_right_model_stays_silent(model, params):
         ({"noise": 0.0}, {"fixed_x"}),
         ({"overflow": math.nan}, {"non_finite"}),
     ],
-    ids=str,
+    ids=lambda value: ", ".join(
+        map(str, sorted(value.items() if isinstance(value, dict) else value))
+    ),
 )
 def test_each_mistake_is_found_and_no_other(model, params, change, found):
     size = SIZES[model.latent_dim]
