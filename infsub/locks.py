@@ -45,7 +45,7 @@ def owned(folder: Path, activity: str) -> Iterator[None]:
         raise UserError(_held(folder, activity, _read(note), alive=True)) from None
     except OSError as error:
         raise UserError(
-            f"{folder} cannot be written to ({error.strerror}): give another --workdir."
+            f"--workdir={folder} cannot be written to ({error.strerror}): give another one."
         ) from error
     ended = threading.Event()
     try:

@@ -36,8 +36,8 @@ class AIS(NamedTuple):
     """The arguments of `ais` that a run of it is compiled for."""
 
     num_chains: int = 16
-    num_temperatures: int = 100
-    num_leapfrog: int = 10
+    num_temperatures: int = 25
+    num_leapfrog: int = 5
     schedule: str = "linear"
     adaptation: str = "pilot"
 
@@ -63,7 +63,7 @@ class Settings(NamedTuple):
     iwae_start: str = "posterior"
     chunk_size: int = 500
     ais: AIS = AIS()
-    ais_start: str = "posterior"
+    ais_start: str = "laplace"
     families: tuple[str, ...] = ("gaussian",)
     preset: str = "fast"
     max_steps: int = 20_000

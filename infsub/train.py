@@ -6,6 +6,7 @@ bit, as if there had been none.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -137,12 +138,12 @@ def train(config: configs.Config, workdir: str | Path) -> None:
         steps were not finite.
     """
     config, workdir = configs.resolve(config), Path(workdir)
-    with locks.owned(workdir, "training"):
-        _train(config, workdir)
+    with contextlib.ExitStack() as held:
+        _train(config, workdir, held)
 
 
-def _train(config: configs.Config, workdir: Path) -> None:
-    job = _job(config, workdir)
+def _train(config: configs.Config, workdir: Path, held: contextlib.ExitStack) -> None:
+    job = _job(config, workdir, held)
     if not job.active:
         files.say(f"the training of {workdir} is done.")
     else:
@@ -231,8 +232,8 @@ class State(NamedTuple):
     best: Variables
 
 
-def _job(config: configs.Config, workdir: Path) -> Job:
-    """Reads the data, builds the model and makes the workdirs this run's."""
+def _job(config: configs.Config, workdir: Path, held: contextlib.ExitStack) -> Job:
+    """Reads the data, builds the model and makes the workdirs this run's, the lock `held`."""
     names, train = config.data, config.train
     dataset = data.load(names.name, names.dir, names.binarisation, names.levels)
     try:
@@ -249,6 +250,7 @@ def _job(config: configs.Config, workdir: Path) -> Job:
     task = make_task(vae, train, num_train)
     source = records.read_run(Path(config.init_from))["identity"] if config.init_from else ""
     runs = configs.runs(config, workdir)
+    held.enter_context(locks.owned(workdir, "training"))  # last: a mistake leaves no folder behind
     for each, folder in [(config, workdir), *(runs if len(runs) > 1 else [])]:
         records.claim(
             each,

@@ -90,7 +90,7 @@ MISTAKES = {
     ),
     "start of AIS": (
         ["W", QUICK, "--config.evaluate.ais.start=encoder"],
-        "start is 'encoder'; it must be one of posterior, local, prior.",
+        "start is 'encoder'; it must be one of posterior, laplace, local, prior.",
     ),
     "no chains": (
         ["W", QUICK, "--config.evaluate.ais.num_chains=0"],

@@ -102,7 +102,7 @@ def test_report_writes_the_numbers_of_the_rows(tmp_path, capsys):
         assert f"| inference gap | {mean:.2f} | " in text
         assert "it lies 0.03 ± 0.03 nats above log p̂, for IWAE is the larger at 1 of 40" in text
     assert f"{N} datapoints." in page
-    assert "evaluate.ais.num_temperatures=100" in page
+    assert "evaluate.ais.num_temperatures=25" in page
     assert "seed=0" in page
 
 
