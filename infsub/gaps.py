@@ -261,8 +261,10 @@ def bootstrap_interval(
     rng, n = np.random.default_rng(seed), len(values)
     if n == 1:
         return float("nan"), float("nan")
-    means = [values[rng.integers(0, n, n)].mean() for _ in range(num_resamples)]
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    at_once = max(1, 1_000_000 // n)  # not all: of many datapoints they would fill the memory
+    counts = [min(at_once, num_resamples - i) for i in range(0, num_resamples, at_once)]
+    means = [values[rng.integers(0, n, (count, n))].mean(axis=1) for count in counts]
+    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
