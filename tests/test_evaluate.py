@@ -282,7 +282,15 @@ def test_non_finite_datapoints_are_named(workdir, monkeypatch, capsys):
         def target(variables, x):
             inner = vae.target(variables, x)
             poison = jnp.where(jnp.sum(x) >= threshold, jnp.nan, 0.0)
-            return Target(None, lambda z: inner.log_likelihood(z) + poison, 2)
+            return Target(
+                None,
+                lambda z: inner.log_likelihood(z) + poison,
+                2,
+                outputs=inner.outputs,  # so that AIS starts where it did
+                log_likelihood_of_outputs=lambda outputs: (
+                    inner.log_likelihood_of_outputs(outputs) + poison
+                ),
+            )
 
         return vae._replace(target=target)
 
