@@ -32,8 +32,8 @@ class Flow(NamedTuple):
 
     Attributes:
       forward: (params, y, context) -> (y', log |det ∂y'/∂y| []).
-      inverse: (params, y', context, near) -> (y, log |det ∂y'/∂y| []). Steps without a closed form
-        take one Newton step from `near`: exact in value and gradient where `near` is y itself.
+      inverse: (params, y', context, near) -> (y, log |det ∂y'/∂y| []), where `near` is y itself:
+        the value is known, the gradient in y' is what is asked for.
     """
 
     forward: Callable[[Params, Any, Any], tuple[Any, Array]]
@@ -164,6 +164,17 @@ def init_sylvester(key: Key, latent_dim: int, rank: int, num_reflections: int) -
 Conditioner = Callable[[Params, Array, Any], tuple[Array, Array]]
 
 
+@jax.custom_jvp
+def _known_as(value: Array, known: Array) -> Array:
+    """`value`, of which the number is known already: its gradient alone is computed."""
+    return known
+
+
+@_known_as.defjvp
+def _known_as_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    return primals[1], tangents[0]
+
+
 def _coupling(update_first: Conditioner, update_second: Conditioner) -> Flow:
     """(a, b) -> (a', b'): b' = b ∘ s_2(a) + m_2(a), then a' = a ∘ s_1(b') + m_1(b')."""
 
@@ -176,11 +187,13 @@ def _coupling(update_first: Conditioner, update_second: Conditioner) -> Flow:
         return (first, second), jnp.sum(log_scale_1) + jnp.sum(log_scale_2)
 
     def inverse(params: Params, y: Any, context: Any, near: Any) -> tuple[Any, Array]:
+        # From the known values the networks and forces are the forward pass's own: XLA computes them
+        # once, where rounding would have them all anew.
         first, second = y
         log_scale_1, shift = update_first(params, second, context)
-        first = (first - shift) * jnp.exp(-log_scale_1)
+        first = _known_as((first - shift) * jnp.exp(-log_scale_1), near[0])
         log_scale_2, shift = update_second(params, first, context)
-        second = (second - shift) * jnp.exp(-log_scale_2)
+        second = _known_as((second - shift) * jnp.exp(-log_scale_2), near[1])
         return (first, second), jnp.sum(log_scale_1) + jnp.sum(log_scale_2)
 
     return Flow(forward, inverse)
