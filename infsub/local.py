@@ -44,7 +44,8 @@ class Rule(NamedTuple):
       num_samples: Monte Carlo samples a step, which share the datapoint's parameters.
       window: steps between two looks at the progress.
       patience: windows in a row without improvement after which it has converged.
-      max_steps: steps after which it stops unconverged, rounded up to whole windows.
+      max_steps: steps after which it stops unconverged, rounded up to whole windows; the fit of a
+        start has as many of its own.
       decay: factor on the learning rate after each window without improvement.
       sticking_the_landing: whether to drop the gradient's score term, whose mean is 0 and whose
         noise is not (Roeder et al. 2017).
@@ -147,7 +148,9 @@ def optimize_local(
         densities.check_gaussian(start)
         key_init, key_fit = jax.random.split(key_init)
         if posterior.natural is None:
-            start, num_steps = _best_gaussian(key_fit, target, start, posterior.place is not None)
+            natural = _NATURAL._replace(max_steps=rule.max_steps)
+            dense = posterior.place is not None
+            start, num_steps = _best_gaussian(key_fit, target, start, natural, dense)
         params = posteriors.start(key_init, posterior, start)
     posterior, params = _checked_start(key_init, posterior, params, rule)
     num_final_samples = positive_int("num_final_samples", num_final_samples)
@@ -156,15 +159,15 @@ def optimize_local(
 
 
 def _best_gaussian(
-    key: Key, target: Target, start: Gaussian, dense: bool
+    key: Key, target: Target, start: Gaussian, rule: Rule, dense: bool
 ) -> tuple[Gaussian, Array]:
     """The best Gaussian from `start`, of full covariance where dense, and the steps it took."""
     family = posteriors.full_gaussian if dense else posteriors.gaussian
     key_init, *keys = jax.random.split(key, 3)
     posterior = family(target.latent_dim)
     params = posteriors.start(key_init, posterior, start)
-    posterior, params = _checked_start(key_init, posterior, params, _NATURAL)
-    params, num_steps, _ = _search(keys, target, posterior, params, _NATURAL)
+    posterior, params = _checked_start(key_init, posterior, params, rule)
+    params, num_steps, _ = _search(keys, target, posterior, params, rule)
     return posteriors.gaussian_of(params, full=dense), num_steps
 
 

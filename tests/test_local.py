@@ -122,7 +122,7 @@ def test_a_start_is_fitted_first(xs, zeros, log_px, gap, name, family):
     @jax.vmap
     def run(key, x, start):
         target = MODEL.target(x)
-        return optimize_local(key, target, family, start=start, window=5, max_steps=5)
+        return optimize_local(key, target, family, start=start, window=5, patience=1)
 
     found = run(keys_for(16, xs), xs, zeros)
     assert np.all(found.num_steps > 50)  # its own and those of the Gaussian
