@@ -95,7 +95,6 @@ class _Fit(NamedTuple):
 
     family: str
     posterior: Posterior
-    start: Params
     result: LocalResult
     key: Key
 
@@ -109,15 +108,15 @@ def bounds_of_datapoint(key: Key, point: Datapoint, settings: Settings) -> dict[
     _check(settings)
     bound = elbo(named(key, "elbo"), point.target, point.q, settings.elbo_samples)
     row = rows.build(rows.ELBO.name, bound)
-    fits = [_fit(named(key, "local"), family, point, settings) for family in settings.families]
+    curvature = _laplace(point, settings)
+    fits = [_fit(named(key, "local"), name, point, curvature, settings) for name in settings.families]
     for fit in fits:
         stopped = {"steps": fit.result.num_steps, "converged": fit.result.converged}
         row |= rows.build(rows.LOCAL.of(fit.family), fit.result.elbo, **stopped)
         row |= rows.build(rows.LOCAL_IWAE.of(fit.family), fit.result.iwae)
         if settings.curve:
             row |= _curves(point, fit, settings)
-    curvature = _laplace(point, settings.ais_start, settings.iwae_start)
-    sampled = point.q if curvature is None or settings.iwae_start != "laplace" else curvature
+    sampled = curvature if settings.iwae_start == "laplace" else point.q
     weighted = iwae(
         named(key, "iwae"),
         point.target,
@@ -154,10 +153,10 @@ def certify_datapoint(
 
     def model(key: Key) -> tuple[Array, Target, Gaussian | None]:
         z, point = simulate(named(key, "model"))
-        fits = []
+        curvature, fits = _laplace(point, settings), []
         if settings.ais_start == "local":
-            fits = [_fit(named(key, "local"), settings.families[0], point, settings)]
-        curvature = _laplace(point, settings.ais_start)
+            family = settings.families[0]
+            fits = [_fit(named(key, "local"), family, point, curvature, settings)]
         return z, point.target, _ais_start(point, fits, curvature, settings)
 
     options = settings.ais._asdict()
@@ -178,8 +177,9 @@ def densities_of_datapoint(key: Key, point: Datapoint, settings: Settings) -> di
     """
     target = point.target
     bounds, samplers = [elbo(named(key, "elbo"), target, point.q, settings.elbo_samples)], [point.q]
+    curvature = _laplace(point, settings)
     for family in settings.families:
-        fit = _fit(named(key, "local"), family, point, settings)
+        fit = _fit(named(key, "local"), family, point, curvature, settings)
         bounds.append(fit.result.elbo)
         samplers.append(posteriors.sampler(fit.posterior, fit.result.params))
     keys = jax.random.split(named(key, "densities"), len(samplers))
@@ -206,30 +206,29 @@ def _check(settings: Settings) -> None:
             )
 
 
-def _fit(key: Key, family: str, point: Datapoint, settings: Settings) -> _Fit:
+def _fit(
+    key: Key, family: str, point: Datapoint, curvature: Gaussian, settings: Settings
+) -> _Fit:
     posterior = posteriors.make(family, point.target.latent_dim, target=point.target)
     key = named(key, family)
-    params = posterior.init(named(key, "init"))
-    if settings.preset == "fast":  # from the encoder; the authors start at N(0, I)
-        params = posteriors.with_gaussian(params, point.base)
     result = optimize_local(
         named(key, "steps"),
         point.target,
         posterior,
-        params,
-        settings.preset,
+        rule=settings.preset,
+        start=curvature if settings.preset == "fast" else None,
         max_steps=settings.max_steps,
     )
-    return _Fit(family, posterior, params, result, key)
+    return _Fit(family, posterior, result, key)
 
 
-def _laplace(point: Datapoint, *wanted: str) -> Gaussian | None:
-    """Mode and curvature of the posterior, searched from the encoder's mean; None where not wanted."""
-    return laplace(point.target, point.base) if "laplace" in wanted else None
+def _laplace(point: Datapoint, settings: Settings) -> Gaussian:
+    """Mode and curvature of the posterior, searched from the encoder's mean."""
+    return laplace(point.target, point.base)
 
 
 def _ais_start(
-    point: Datapoint, fits: list[_Fit], curvature: Gaussian | None, settings: Settings
+    point: Datapoint, fits: list[_Fit], curvature: Gaussian, settings: Settings
 ) -> Gaussian | None:
     match settings.ais_start:
         case "posterior":
@@ -250,7 +249,10 @@ def _curves(point: Datapoint, fit: _Fit, settings: Settings) -> dict[str, Array]
     take small steps in one curve and are held in the other.
     """
     key = named(fit.key, "curve")
-    posterior, params, rates = fit.posterior, fit.start, {rows.AFTER: 1.0}
+    posterior, rates = fit.posterior, {rows.AFTER: 1.0}
+    params = posterior.init(named(key, "init"))
+    if settings.preset == "fast":  # the authors start at N(0, I)
+        params = posteriors.with_gaussian(params, point.base)
     if fit.family == point.own and point.amortised is not None:
         posterior, params = point.amortised
         rates = {rows.AFTER: _TRAINED, rows.AFTER_HELD: 0.0} if params["shared"] else rates

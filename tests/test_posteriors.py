@@ -317,30 +317,38 @@ STEPS = {
 
 @pytest.mark.parametrize("name", STEPS)
 def test_steps_invert(name):
-    """Round trips: in one go for couplings, by Newton's iteration from y' for the tanh flows."""
+    """Back from y' the value is y, and the Jacobian the inverse of the way there."""
     step, init = STEPS[name]
     pair = name in ("coupling", "leapfrog")
     shapes = jax.eval_shape(init, jax.random.key(0))
 
+    def halves(y):
+        return (y[:2], y[2:]) if pair else y
+
     @jax.jit
-    def round_trip(params, y, context):
-        end, log_det = step.forward(params, (y[:2], y[2:]) if pair else y, context)
+    def there_and_back(params, y, context):
+        def forward(y):
+            end, log_det = step.forward(params, halves(y), context)
+            return ravel_pytree(end)[0], log_det
 
-        def newton(_, back):
-            return step.inverse(params, end, context, back)[0]
+        def inverse(end):
+            back, log_det = step.inverse(params, halves(end), context, halves(y))
+            return ravel_pytree(back)[0], log_det
 
-        back = jax.lax.fori_loop(0, 50, newton, end)
-        back, log_det_back = step.inverse(params, end, context, back)
-        return ravel_pytree(back)[0], log_det_back, log_det
+        end, log_det = forward(y)
+        slope = jax.jacobian(forward)(y)
+        return inverse(end), jax.jacobian(inverse)(end), log_det, slope
 
     rng = np.random.default_rng(16)
     with jax.enable_x64(True):
         for _ in range(20):
             params = jax.tree.map(lambda a: 0.7 * rng.normal(size=a.shape), shapes)
             y, context = 2 * rng.normal(size=4), rng.uniform(size=2)
-            back, log_det_back, log_det = round_trip(params, y, context)
+            (back, log_det_back), slope_back, log_det, slope = there_and_back(params, y, context)
             np.testing.assert_allclose(back, y, atol=1e-9)
             np.testing.assert_allclose(log_det_back, log_det, atol=1e-9)
+            np.testing.assert_allclose(slope_back[0] @ slope[0], np.eye(4), atol=1e-7)
+            np.testing.assert_allclose(slope_back[1] @ slope[0], slope[1], atol=1e-7)
 
 
 def test_planar_with_zero_w_is_a_shift():
