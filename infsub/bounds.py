@@ -12,13 +12,15 @@ from jax.tree_util import Partial
 
 from infsub import densities
 from infsub.types import (
-    Array,
     Estimate,
     Gaussian,
     Key,
     LogDensity,
     Sampler,
+    Samples,
+    Scalar,
     Target,
+    Vector,
     as_partial,
     positive_int,
 )
@@ -49,11 +51,11 @@ def as_sampler(q: Gaussian | Sampler | Any) -> Partial:
     return as_partial(q)
 
 
-def _sample_object(q: Any, key: Key) -> tuple[Array, Array]:
+def _sample_object(q: Any, key: Key) -> tuple[Vector, Scalar]:
     return q.sample_and_log_prob(seed=key)
 
 
-def checked(name: str, log_density: LogDensity, z: Array) -> Array:
+def checked(name: str, log_density: LogDensity, z: Vector) -> Scalar:
     """log_density(z), or a TypeError when it is no scalar."""
     value = log_density(z)
     if jnp.shape(value) != ():
@@ -64,23 +66,23 @@ def checked(name: str, log_density: LogDensity, z: Array) -> Array:
     return value
 
 
-def log_prior(target: Target, z: Array) -> Array:
+def log_prior(target: Target, z: Vector) -> Scalar:
     """log p(z), z [D] -> []."""
     density = target.log_prior or densities.standard_normal
     return checked("log_prior", density, z)
 
 
-def log_likelihood(target: Target, z: Array) -> Array:
+def log_likelihood(target: Target, z: Vector) -> Scalar:
     """log p(x|z), z [D] -> []."""
     return checked("log_likelihood", target.log_likelihood, z)
 
 
-def log_joint(target: Target, z: Array) -> Array:
+def log_joint(target: Target, z: Vector) -> Scalar:
     """log p(x, z) = log p(z) + log p(x|z), z [D] -> []."""
     return log_prior(target, z) + log_likelihood(target, z)
 
 
-def log_weight(key: Key, target: Target, q: Sampler) -> Array:
+def log_weight(key: Key, target: Target, q: Sampler) -> Scalar:
     """log w = log p(x, z) − log q(z) at one draw z of q, key -> []; E[w] = p(x)."""
     z, log_q = q(key)
     if jnp.shape(z) != (target.latent_dim,):
@@ -118,13 +120,13 @@ def _elbo(key: Key, target: Target, q: Partial, num_samples: int) -> Estimate:
     return Estimate(jnp.mean(log_weights), error, nan, nan, log_weights, nan)
 
 
-def log_sum_exp(log_weights: Array) -> Array:
+def log_sum_exp(log_weights: Samples) -> Scalar:
     """log Σ exp, [K] -> [], NaN if any of them is: XLA's vectorised exp on a CPU loses NaN."""
     total = jax.nn.logsumexp(log_weights)
     return jnp.where(jnp.any(jnp.isnan(log_weights)), jnp.nan, total)
 
 
-def log_mean_exp(log_weights: Array) -> Estimate:
+def log_mean_exp(log_weights: Samples) -> Estimate:
     """log of the mean weight, log (1/K) Σ w, log_weights [K] -> Estimate.
 
     The standard error is the delta method's, sd(w) / (√K mean(w)), which is a function of the
@@ -135,7 +137,9 @@ def log_mean_exp(log_weights: Array) -> Estimate:
     return _estimate(total, total_squares, num_samples, log_weights)
 
 
-def _estimate(total: Array, total_squares: Array, num_samples: int, log_weights: Array) -> Estimate:
+def _estimate(
+    total: Scalar, total_squares: Scalar, num_samples: int, log_weights: Samples
+) -> Estimate:
     ess = jnp.exp(2 * total - total_squares)
     nan = jnp.full((), jnp.nan, total.dtype)
     error = nan
@@ -209,7 +213,7 @@ def _tail_size(num_samples: int) -> int:
     return min(math.ceil(min(0.2 * num_samples, 3 * math.sqrt(num_samples))), _MAX_TAIL)
 
 
-def pareto_k(tail: Array) -> Array:
+def pareto_k(tail: Samples) -> Scalar:
     """Shape k of a generalised Pareto fitted to the largest weights, tail [M+1] descending -> [].
 
     The smallest of the tail is the threshold the M others exceed; −inf where most equal it.

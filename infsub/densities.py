@@ -8,37 +8,37 @@ import jax
 import jax.numpy as jnp
 
 from infsub import linalg
-from infsub.types import Array, Gaussian, Key
+from infsub.types import Gaussian, Key, Number, Pixels, Scalar, Vector
 
 LOG_2PI = math.log(2 * math.pi)
 
 
-def standard_normal(z: Array) -> Array:
+def standard_normal(z: Vector) -> Scalar:
     """log N(z; 0, I) = −D/2 log 2π − ‖z‖²/2, z [D] -> []."""
     return -0.5 * (jnp.sum(z**2) + z.size * LOG_2PI)
 
 
-def normal(z: Array, mean: Array, scale: Array) -> Array:
-    """log N(z; mean, diag(scale²)), each [D] -> []."""
+def normal(z: Vector, mean: Vector | Number, scale: Vector | Number) -> Scalar:
+    """log N(z; mean, diag(scale²)), each [D], or one for all, -> []."""
     return standard_normal((z - mean) / scale) - jnp.sum(
         jnp.log(jnp.broadcast_to(scale, jnp.shape(z)))
     )
 
 
-def gaussian(z: Array, q: Gaussian) -> Array:
+def gaussian(z: Vector, q: Gaussian) -> Scalar:
     """log q(z) = log N(z; mean, S Sᵀ), S = diag(scale) or the Cholesky factor, z [D] -> []."""
     if jnp.ndim(q.scale) < 2:
         return normal(z, q.mean, q.scale)
     return standard_normal(linalg.solve(q.scale, z - q.mean)) - log_volume(q)
 
 
-def log_volume(q: Gaussian) -> Array:
+def log_volume(q: Gaussian) -> Scalar:
     """log |det S| = ½ log det of q's covariance, [D] or [D, D] -> []."""
     diagonal = q.scale if jnp.ndim(q.scale) < 2 else jnp.diagonal(q.scale)
     return jnp.sum(jnp.log(diagonal))
 
 
-def sample_gaussian(key: Key, q: Gaussian) -> tuple[Array, Array]:
+def sample_gaussian(key: Key, q: Gaussian) -> tuple[Vector, Scalar]:
     """One draw z [D] of q and log q(z) []; the pathwise gradient flows through both."""
     noise = jax.random.normal(key, q.mean.shape, q.mean.dtype)
     if jnp.ndim(q.scale) < 2:
@@ -60,7 +60,7 @@ def check_gaussian(q: Gaussian) -> None:
 
 
 @jax.custom_jvp
-def _softplus(a: Array) -> Array:
+def _softplus(a: Pixels) -> Pixels:
     # log1p costs twice as much on a CPU, and as exp(−|a|) ≤ 1 the plain log errs by an ulp of 1.
     return jnp.maximum(a, 0) + jnp.log(1 + jnp.exp(-jnp.abs(a)))
 
@@ -72,7 +72,7 @@ def _softplus_jvp(primals, tangents):  # pyright: ignore
     return _softplus(a), jax.nn.sigmoid(a) * da
 
 
-def bernoulli_logits(x: Array, logits: Array) -> Array:
+def bernoulli_logits(x: Pixels, logits: Pixels) -> Scalar:
     """log p(x) = Σ x·l − log(1 + eˡ) for independent bits x in {0, 1} (or means in [0, 1]), any shape -> [].
 
     Its gradient in the logits is x − sigmoid(l), computed without forming the value.
@@ -82,19 +82,19 @@ def bernoulli_logits(x: Array, logits: Array) -> Array:
     return jnp.sum(x * logits - _softplus(logits))
 
 
-def normal_log_scale(x: Array, mean: Array, log_scale: Array) -> Array:
+def normal_log_scale(x: Pixels, mean: Pixels, log_scale: Pixels) -> Scalar:
     """log N(x; mean, exp(2 log_scale)) of independent pixels, any shape -> []."""
     noise = jnp.ravel((x - mean) * jnp.exp(-log_scale))
     return standard_normal(noise) - jnp.sum(jnp.broadcast_to(log_scale, jnp.shape(x)))
 
 
-def _bounded(log_scale: Array) -> Array:
+def _bounded(log_scale: Pixels) -> Pixels:
     # e⁻⁷ is 1/4 of the narrowest bin (256 levels) and e⁷ is flat: no image needs more, and beyond
     # them float32's bin widths vanish and gradients explode (Salimans et al. 2017, PixelCNN++).
     return jnp.clip(log_scale, -7.0, 7.0)
 
 
-def discretized_logistic(x: Array, mean: Array, log_scale: Array, num_levels: int) -> Array:
+def discretized_logistic(x: Pixels, mean: Pixels, log_scale: Pixels, num_levels: int) -> Scalar:
     """log P(x) of independent levels, a logistic in bins, any shape -> [] (PixelCNN++, §2.1).
 
     Level k of L lies at v = 2k/(L−1) − 1 and its bin is v ± 1/(L−1), open at k = 0 and k = L − 1:
@@ -121,7 +121,9 @@ def discretized_logistic(x: Array, mean: Array, log_scale: Array, num_levels: in
     )
 
 
-def sample_discretized_logistic(key: Key, mean: Array, log_scale: Array, num_levels: int) -> Array:
+def sample_discretized_logistic(
+    key: Key, mean: Pixels, log_scale: Pixels, num_levels: int
+) -> Pixels:
     """A draw x of `discretized_logistic`: a logistic variate, rounded to the nearest level."""
     v = mean + jnp.exp(_bounded(log_scale)) * jax.random.logistic(key, mean.shape, mean.dtype)
     return jnp.clip(jnp.round((v + 1) / 2 * (num_levels - 1)), 0, num_levels - 1)

@@ -19,8 +19,8 @@ from infsub.types import Array, Key, Params, Target
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "elu": jax.nn.elu,
     "relu": jax.nn.relu,
-    "sigmoid": jax.nn.sigmoid,
     "tanh": jnp.tanh,
+    "sigmoid": jax.nn.sigmoid,
 }
 _GATE_LIMIT = 6.0
 _FORCE_LIMIT = 100.0

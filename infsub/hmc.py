@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from infsub.types import Array, Key
+from infsub.types import Array, Key, Number, Scalar, Vector
 
 
 class Path(NamedTuple):
@@ -44,7 +44,7 @@ class HMCState(NamedTuple):
     grad_base: Array
     grad_ratio: Array
 
-    def log_density(self, beta: Array) -> Array:
+    def log_density(self, beta: Number) -> Scalar:
         """log π_β(z) up to its normaliser, []."""
         return self.log_base + beta * self.log_ratio
 
@@ -63,7 +63,7 @@ class HMCInfo(NamedTuple):
     energy_error: Array
 
 
-def init(path: Path, z: Array) -> HMCState:
+def init(path: Path, z: Vector) -> HMCState:
     """The state of a chain that stands at z [D]."""
     log_base, grad_base = jax.value_and_grad(path.log_base)(z)
     log_ratio, grad_ratio = jax.value_and_grad(path.log_ratio)(z)
@@ -72,13 +72,13 @@ def init(path: Path, z: Array) -> HMCState:
 
 def trajectory(
     state: HMCState,
-    momentum: Array,
+    momentum: Vector,
     path: Path,
-    beta: Array,
-    step_size: Array,
-    scale: Array,
+    beta: Number,
+    step_size: Number,
+    scale: Vector,
     num_leapfrog: int,
-) -> tuple[HMCState, Array]:
+) -> tuple[HMCState, Vector]:
     """`num_leapfrog` leapfrog steps of H(z, v) = −log π_β(z) + ‖v‖²/2 with mass diag(scale⁻²).
 
     v ← v + ε/2 s∘∇log π_β(z);  z ← z + ε s∘v;  v ← v + ε/2 s∘∇log π_β(z), whitened by s = scale.
@@ -117,9 +117,9 @@ def step(
     key: Key,
     state: HMCState,
     path: Path,
-    beta: Array,
-    step_size: Array,
-    scale: Array,
+    beta: Number,
+    step_size: Number,
+    scale: Vector,
     num_leapfrog: int,
 ) -> tuple[HMCState, HMCInfo]:
     """One HMC transition that leaves π_β invariant and is reversible with respect to it.

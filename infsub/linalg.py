@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
-from infsub.types import Array
+from infsub.types import Array, Matrix, Vector
 
 
-def factor(matrix: Array) -> Array:
+def factor(matrix: Matrix) -> Matrix:
     """The lower triangular L with L Lᵀ = matrix, both [D, D]; NaN where it is not positive definite."""
     rows = jnp.arange(len(matrix))
 
@@ -25,7 +26,7 @@ def factor(matrix: Array) -> Array:
     return jax.lax.fori_loop(0, len(matrix), column, jnp.zeros_like(matrix))
 
 
-def solve(lower: Array, b: Array) -> Array:
+def solve(lower: Matrix, b: Vector | Float[Array, "D N"]) -> Vector | Float[Array, "D N"]:
     """x with lower x = b, lower [D, D] and b [D] or [D, N]; nobody reads above lower's diagonal."""
 
     def row(i: Array, x: Array) -> Array:
@@ -36,14 +37,14 @@ def solve(lower: Array, b: Array) -> Array:
     return jax.lax.fori_loop(0, len(b), row, jnp.zeros_like(b))
 
 
-def inverse_factor(matrix: Array) -> Array:
+def inverse_factor(matrix: Matrix) -> Matrix:
     """The lower triangular L with L Lᵀ = matrix⁻¹, [D, D]; NaN where it is not positive definite."""
     # Reversed, a factor is upper triangular: matrix = R Rᵀ, so matrix⁻¹ = R⁻ᵀ R⁻¹.
     upper = factor(matrix[::-1, ::-1])[::-1, ::-1]
     return solve(upper.T, jnp.eye(len(matrix), dtype=matrix.dtype))
 
 
-def eigen(matrix: Array, num_sweeps: int = 10) -> tuple[Array, Array]:
+def eigen(matrix: Matrix, num_sweeps: int = 10) -> tuple[Vector, Matrix]:
     """Eigenvalues [D], ascending, and eigenvectors [D, D], in columns, of a symmetric matrix.
 
     Jacobi's method, D/2 rotations at a time that share no row (Brent & Luk 1985); a sweep meets

@@ -109,7 +109,9 @@ def bounds_of_datapoint(key: Key, point: Datapoint, settings: Settings) -> dict[
     bound = elbo(named(key, "elbo"), point.target, point.q, settings.elbo_samples)
     row = rows.build(rows.ELBO.name, bound)
     curvature = _laplace(point, settings)
-    fits = [_fit(named(key, "local"), name, point, curvature, settings) for name in settings.families]
+    fits = [
+        _fit(named(key, "local"), name, point, curvature, settings) for name in settings.families
+    ]
     for fit in fits:
         stopped = {"steps": fit.result.num_steps, "converged": fit.result.converged}
         row |= rows.build(rows.LOCAL.of(fit.family), fit.result.elbo, **stopped)
@@ -206,9 +208,7 @@ def _check(settings: Settings) -> None:
             )
 
 
-def _fit(
-    key: Key, family: str, point: Datapoint, curvature: Gaussian, settings: Settings
-) -> _Fit:
+def _fit(key: Key, family: str, point: Datapoint, curvature: Gaussian, settings: Settings) -> _Fit:
     posterior = posteriors.make(family, point.target.latent_dim, target=point.target)
     key = named(key, family)
     result = optimize_local(

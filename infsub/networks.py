@@ -19,20 +19,14 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from infsub.flows import ACTIVATIONS
 from infsub.types import Array
 
 KERNEL, STRIDE = 4, 2
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "elu": jax.nn.elu,
-    "relu": jax.nn.relu,
-    "tanh": jnp.tanh,
-    "sigmoid": jax.nn.sigmoid,
-}
 INITS: dict[str, Callable[..., Array]] = {  # of weights; biases start at zero
     "xavier_uniform": nn.initializers.xavier_uniform(),
     "xavier_normal": nn.initializers.xavier_normal(),

@@ -7,6 +7,8 @@ import contextlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Float
 
 from infsub.types import Array, positive_int
 
@@ -14,7 +16,7 @@ SCHEDULES = ("linear", "sigmoid", "power", "geometric", "adaptive")
 _SIGMOID_WIDTH, _POWER, _FIRST_BETA = 4.0, 3.0, 1e-4
 
 
-def schedule_betas(schedule: str | Array, num_temperatures: int = 100) -> Array:
+def schedule_betas(schedule: str | ArrayLike, num_temperatures: int = 100) -> Array:
     """Inverse temperatures 0 = β_0 < … < β_T = 1, [T+1].
 
     linear: t/T; sigmoid: the logistic function on [−4, 4], rescaled (Grosse et al. 2015, sec. 5);
@@ -60,7 +62,9 @@ def _check_betas(betas: np.ndarray) -> None:
         )
 
 
-def equal_distances(betas: Array, deviations: Array, num_temperatures: int) -> Array:
+def equal_distances(
+    betas: Float[Array, " P1"], deviations: Float[Array, " P"], num_temperatures: int
+) -> Float[Array, " {num_temperatures}+1"]:
     """T temperatures at equal distances ∫ sd_β(log_ratio) dβ, [T+1].
 
     They lose, to second order, equal conditional effective sample size at each step (Zhou, Johansen
@@ -78,7 +82,7 @@ def equal_distances(betas: Array, deviations: Array, num_temperatures: int) -> A
     return jnp.interp(equal, lengths, betas).at[-1].set(1)
 
 
-def smooth(values: Array) -> Array:
+def smooth(values: Float[Array, " T"]) -> Float[Array, " T"]:
     """Mean of each value and its two neighbours, [T] -> [T]: a pilot's curves are noisy."""
     padded = jnp.pad(values, 1, mode="edge")
     return (padded[:-2] + values + padded[2:]) / 3

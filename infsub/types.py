@@ -17,12 +17,20 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 from jax.tree_util import Partial
+from jaxtyping import Float
 
 Array = jax.Array
+# Checked when a test calls, with every D and K of one call the same; never in a user's process.
+Scalar = Float[Array, ""]  # []
+Number = Scalar | float
+Vector = Float[Array, " D"]  # [D]
+Matrix = Float[Array, "D D"]  # [D, D]
+Samples = Float[Array, " K"]  # [K]
+Pixels = Float[Array, "..."]  # of one x, in any shape
 Key = jax.Array
 Params = Any
-LogDensity = Callable[[Array], Array]  # z [D] -> []
-Sampler = Callable[[Key], tuple[Array, Array]]  # key -> (z [D], log_q [])
+LogDensity = Callable[[Vector], Scalar]
+Sampler = Callable[[Key], tuple[Vector, Scalar]]  # key -> (z, log_q)
 
 
 def as_partial(function: Callable[..., Any]) -> Partial:
@@ -167,8 +175,8 @@ class Gaussian(NamedTuple):
         covariance, its diagonal positive, whose entries above the diagonal nobody reads.
     """
 
-    mean: Array
-    scale: Array
+    mean: Vector
+    scale: Vector | Matrix
 
 
 class Estimate(NamedTuple):
@@ -184,12 +192,12 @@ class Estimate(NamedTuple):
         error can be believed (Vehtari et al. 2024, arXiv 1507.02646).
     """
 
-    log_px: Array
-    standard_error: Array
-    ess: Array
-    acceptance: Array
-    log_weights: Array
-    pareto_k: Array
+    log_px: Scalar
+    standard_error: Scalar
+    ess: Scalar
+    acceptance: Scalar
+    log_weights: Samples
+    pareto_k: Scalar
 
 
 class Sample(Protocol):
