@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable
 from functools import partial
@@ -12,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from infsub import checkpoints, data, files, locks, measure, posteriors, records, rows
+from infsub import checkpoints, data, files, locks, measure, posteriors, records, rows, shards
 from infsub import config as configs
 from infsub.datapoints import map_datapoints
 from infsub.keys import Stream, named, stream
+from infsub.shards import WHOLE, Shard
 from infsub.types import Array, Key, UserError
 from infsub.vae import VAE, Variables, make_vae
 
@@ -23,9 +25,12 @@ from infsub.vae import VAE, Variables, make_vae
 _ROWS = {"cpu": 320}
 _ROWS_ACCELERATOR = 16_000
 _NUM_DRAWN = 6  # datapoints whose posteriors are drawn
+_ACTIVITY = "evaluation"  # of the lock
 
 
-def evaluate(config: configs.Config, workdir: Path) -> list[int]:
+def evaluate(
+    config: configs.Config, workdir: Path, shard: Shard = WHOLE, patience: float = 0.0
+) -> list[int]:
     """Writes one row of bounds for every chosen datapoint of a run to `rows.jsonl`.
 
     A row holds index, label, and for every estimator its value and standard error in nats with its
@@ -34,19 +39,32 @@ def evaluate(config: configs.Config, workdir: Path) -> list[int]:
     the model simulates; with grid, `posteriors.npz` the densities of the first datapoints.
     `config.evaluate.name` puts a second evaluation of a run in a folder of its own.
 
+    Args:
+      config: of the run.
+      workdir: of a run of one seed.
+      shard: of the datapoints; it writes into rows of its own, and which rows there are already in
+        those of other shards does not matter. The whole evaluates what no shard has, and joins all
+        in `rows.jsonl`.
+      patience: seconds to wait for another process that makes the same evaluation.
+
     Returns:
-      Indices of the datapoints at which an estimate is not finite.
+      Indices of the datapoints, of this shard, at which an estimate is not finite.
 
     Raises:
       UserError: no trained run; a choice of points the data cannot give; rows of other settings;
         another process is making this evaluation.
     """
     run = records.read_run(workdir)  # first, so that no folder is made where no run is
-    with locks.owned(workdir / config.evaluate.name, "evaluation"):
-        return _evaluate(config, workdir, run)
+    folder = workdir / config.evaluate.name
+    with locks.owned(folder, _ACTIVITY + shard.name, patience):
+        if shard == WHOLE:
+            locks.refuse_others(folder, f"{_ACTIVITY}.shard-*")
+        return _evaluate(config, workdir, run, shard)
 
 
-def _evaluate(config: configs.Config, workdir: Path, run: dict[str, Any]) -> list[int]:
+def _evaluate(
+    config: configs.Config, workdir: Path, run: dict[str, Any], shard: Shard
+) -> list[int]:
     settings = config.evaluate
     dataset = data.load(**{"data_dir" if k == "dir" else k: v for k, v in config.data.items()})
     variables, step = checkpoints.load_variables(workdir, settings.checkpoint)
@@ -62,10 +80,15 @@ def _evaluate(config: configs.Config, workdir: Path, run: dict[str, Any]) -> lis
     else:
         split = dataset.split(settings.split)
     indices = choose(split, settings)
-    folder = _claim(workdir, settings, run, facts)
+    with contextlib.ExitStack() as whole:
+        if shard != WHOLE:  # one shard at a time, and none while the whole is evaluated
+            held = locks.owned(workdir / settings.name, _ACTIVITY, locks.MOMENT)
+            whole.enter_context(held)
+        folder = _claim(workdir, settings, run, facts, len(indices))
     rows_per_block = _ROWS.get(jax.default_backend(), _ROWS_ACCELERATOR)
     block_size = settings.block_size or max(1, rows_per_block // settings.ais.num_chains)
-    block_size = -(-len(indices) // -(-len(indices) // block_size))  # blocks of equal size
+    num_points = max(1, len(shard.of(indices)))
+    block_size = -(-num_points // -(-num_points // block_size))  # blocks of equal size
 
     own = config.model.posterior.name
     chunk_size = max(1, rows_per_block // block_size)
@@ -80,19 +103,20 @@ def _evaluate(config: configs.Config, workdir: Path, run: dict[str, Any]) -> lis
         columns = mapped(bounds_of_datapoint, key_rows, images(block), variables, indices=block)
         return {rows.LABEL: labels} | columns
 
-    written = _write_rows(folder / "rows.jsonl", "evaluating", indices, block_size, evaluated)
+    written = _write_rows(folder, "rows", shard, "evaluating", indices, block_size, evaluated)
     if settings.bdmc.num_points:
         simulated = np.arange(settings.bdmc.num_points)
 
         def bounded(block: np.ndarray) -> dict[str, Any]:
             return mapped(certify_datapoint, key_certificate, block, variables, indices=block)
 
-        _write_rows(folder / "bdmc.jsonl", "certifying", simulated, block_size, bounded)
-    measured = rows.parse(written)
-    finite = measured.finite(measured.columns)
-    bad = [int(i) for i in indices if i in measured.indices[~finite]]
-    first = indices[~np.isin(indices, bad)][:_NUM_DRAWN]
-    if settings.grid and first.size and not (folder / records.POSTERIORS).exists():
+        _write_rows(folder, "bdmc", shard, "certifying", simulated, block_size, bounded)
+    bad = _not_finite(indices, written)
+    if not settings.grid or (folder / records.POSTERIORS).exists():
+        return bad
+    everything = shards.read(folder, "rows")
+    first = indices[~np.isin(indices, _not_finite(indices, everything))][:_NUM_DRAWN]
+    if len(everything) == len(indices) and first.size:  # the last shard draws them
         xs = images(first)
         arrays = {
             "indices": first,
@@ -200,13 +224,24 @@ def _read_indices(path: Path, size: int) -> np.ndarray:
     return indices
 
 
-def _claim(workdir: Path, settings: Any, run: dict[str, Any], facts: dict[str, Any]) -> Path:
+def _not_finite(indices: np.ndarray, written: list[dict[str, Any]]) -> list[int]:
+    """Those of the indices whose row has an estimate that is not finite."""
+    measured = rows.parse(written)
+    finite = measured.finite(measured.columns)
+    return [int(i) for i in indices[np.isin(indices, measured.indices[~finite])]]
+
+
+def _claim(
+    workdir: Path, settings: Any, run: dict[str, Any], facts: dict[str, Any], num_points: int
+) -> Path:
     """The folder of this evaluation, whose config.json says with which settings it is made."""
     folder = workdir / settings.name if settings.name else workdir
     used = {n: v for n, v in configs.flatten(settings) if n not in ("block_size", "name")}
     used = {n: list(v) if isinstance(v, tuple) else v for n, v in used.items()} | facts
     before = files.read_json(folder / "evaluation.json")
-    if before is not None and before != used and files.read_rows(folder / "rows.jsonl"):
+    if before is not None:
+        before.pop(records.NUM_POINTS, None)
+    if before is not None and before != used and shards.read(folder, "rows"):
         raise UserError(
             f"{folder / 'rows.jsonl'} was made with other settings: "
             f"{'; '.join(configs.differences(before, used))}. Keep both with "
@@ -215,35 +250,53 @@ def _claim(workdir: Path, settings: Any, run: dict[str, Any], facts: dict[str, A
     if settings.name:
         folder.mkdir(exist_ok=True)
     if before != used:  # what is left of an evaluation whose rows were removed
-        for name in (records.POSTERIORS, "bdmc.jsonl"):
-            (folder / name).unlink(missing_ok=True)
+        for path in (folder / records.POSTERIORS, *shards.paths(folder, "bdmc")):
+            path.unlink(missing_ok=True)
     run |= {"config": run["config"] | {"evaluate": settings.to_dict()}}
     files.write_json(folder / "config.json", run)
-    files.write_json(folder / "evaluation.json", used)
+    files.write_json(folder / "evaluation.json", used | {records.NUM_POINTS: num_points})
     return folder
 
 
 def _write_rows(
-    path: Path,
+    folder: Path,
+    stem: str,
+    shard: Shard,
     label: str,
     indices: np.ndarray,
     block_size: int,
     block_columns: Callable[[np.ndarray], dict[str, Any]],
 ) -> list[dict[str, Any]]:
-    """Appends a row for each index, block by block, after the whole blocks that are there already."""
-    written = files.read_rows(path)
-    done = [row[rows.INDEX] for row in written]
-    if done != indices[: len(done)].tolist():
+    """Appends a row for each index of the shard that is nowhere yet, block by block; its rows.
+
+    A block that a kill has torn is computed whole again, in the same program on the same datapoints,
+    so that the numbers are the same to the bit; its missing rows are kept.
+    """
+    path = shards.path_of(folder, stem, shard)
+    written = {row[rows.INDEX]: row for row in files.read_rows(path, rows.INDEX)}
+    elsewhere = {row[rows.INDEX]: row for row in shards.read(folder, stem, without=path)}
+    if not elsewhere.keys() | written.keys() <= set(indices.tolist()):
         raise UserError(f"{path} holds other datapoints: remove it, or name this evaluation.")
-    if len(written) < len(indices):  # a killed run may have torn its last block
-        written = written[: len(written) // block_size * block_size]
-        files.rewrite_rows(path, written)
-    progress = files.Progress(len(indices), label, len(written), "datapoint")
-    for start in range(len(written), len(indices), block_size):
-        block = indices[start : start + block_size]
-        block_rows = rows.to_json({rows.INDEX: block} | block_columns(block))
-        files.append_rows(path, block_rows)
-        written += block_rows
-        progress.update(len(written))
+    share = shard.of(indices)
+    mine = np.array([i for i in share.tolist() if i in written or i not in elsewhere], int)
+    done = len(set(mine.tolist()) & written.keys())
+    if done < len(mine):
+        files.rewrite_rows(path, written.values())  # without a torn last line
+    progress = files.Progress(len(mine), f"{label}{shard.name}", done, "datapoint")
+    for block in np.split(mine, range(block_size, len(mine), block_size)):
+        missing = ~np.isin(block, list(written))
+        if missing.any():
+            block_rows = rows.to_json({rows.INDEX: block} | block_columns(block))
+            new = [row for row, wanted in zip(block_rows, missing, strict=True) if wanted]
+            files.append_rows(path, new)
+            written |= {row[rows.INDEX]: row for row in new}
+            progress.update(done := done + len(new))
     progress.close()
-    return written
+    known = elsewhere | written
+    found = [known[i] for i in share.tolist()]
+    others = [other for other in shards.paths(folder, stem) if other != path]
+    if shard == WHOLE and (others or [*written] != indices.tolist()):
+        files.rewrite_rows(path, found)
+        for other in others:
+            other.unlink()
+    return found

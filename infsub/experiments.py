@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from infsub import config as configs
-from infsub import files, locks, records
+from infsub import files, locks, records, shards
+from infsub.shards import WHOLE, Shard
 from infsub.types import UserError
 
 Fields = Mapping[str, Any]  # {dotted name of a config field: value}
@@ -244,6 +246,7 @@ def run(
     workdir: Path,
     overrides: Sequence[str] = (),
     only: Sequence[str] = (),
+    shard: Shard = WHOLE,
 ) -> int:
     """Runs what is not done of an experiment's cells, and joins all into one table and one figure.
 
@@ -253,6 +256,8 @@ def run(
     Args:
       config, workdir, overrides: as in `expand`.
       only: cells to run, with those that they need; none: all, or at smoke one of each kind.
+      shard: of these cells; of those that they need it trains what is not trained, and waits for
+        another shard that is at it. The table is of all cells that are done, whoever did them.
 
     Returns:
       The exit code: 1 when a cell failed, else 0.
@@ -270,16 +275,26 @@ def run(
         )
     kinds = config.experiment.smoke if config.scale == "smoke" else ()
     wanted = set(only or kinds or known)
+    if shard != WHOLE:
+        wanted = set(shard.of([name for name in known if name in wanted]))
+    needed = set(wanted)
     for cell in reversed(cells):  # sources come before their users
-        wanted |= set(cell.needs) if cell.name in wanted else set()
+        needed |= set(cell.needs) if cell.name in needed else set()
+    if shard == WHOLE:
+        wanted = needed
     folder = workdir / config.experiment.name
-    with locks.owned(folder, "experiment"):
+    with locks.owned(folder, f"experiment{shard.name}"):
+        if shard == WHOLE:
+            locks.refuse_others(folder, "experiment.shard-*")
+        else:
+            locks.refuse_others(folder, "experiment", locks.MOMENT)
         states: dict[str, str] = {}
         for i, cell in enumerate(cells):
-            if cell.name not in wanted or _done(cell):
+            if cell.name not in needed or _done(cell):
                 continue
             files.say(f"{config.experiment.name}, cell {i + 1} of {len(cells)}: {cell.name}")
-            states[cell.name] = _run_cell(cell, folder, states)
+            patience = 0.0 if shard == WHOLE else math.inf
+            states[cell.name] = _run_cell(cell, folder, states, cell.name in wanted, patience)
             _summarise(config, cells, states, folder, show=False)
         failed = _summarise(config, cells, states, folder, show=True)
     return 1 if failed & wanted else 0
@@ -300,7 +315,7 @@ def status(workdir: Path) -> str:
     for path in sorted(workdir.glob("*/cells.json")):
         lines.append(path.parent.name)
         for name, cell in files.read_json(path).items():
-            rows = files.read_rows(workdir / cell["run"] / cell["evaluation"] / "rows.jsonl")
+            rows = shards.read(workdir / cell["run"] / cell["evaluation"], "rows")
             text = f"{cell['state']}, {len(rows)} datapoints evaluated, {cell['run']}"
             lines.append(f"  {name:<32}{text}")
     return "\n".join(lines)
@@ -311,17 +326,21 @@ def _done(cell: Cell) -> dict[str, Any] | None:
     return files.read_json(cell.evaluation / "done.json")
 
 
-def _run_cell(cell: Cell, folder: Path, states: Mapping[str, str]) -> str:
-    """Trains and evaluates; "" or, in a sentence, what went wrong."""
+def _run_cell(
+    cell: Cell, folder: Path, states: Mapping[str, str], evaluated: bool, patience: float
+) -> str:
+    """Trains and, where wanted, evaluates; "" or, in a sentence, what went wrong."""
     from infsub import evaluate, train  # jax and flax: not for a mistake in an experiment
 
     if missing := [name for name in cell.needs if states.get(name)]:
         return f"not run, for it needs {missing[0]}"
-    error_file = folder / f"error-{cell.name}.txt"
+    error_file = _error_file(folder, cell)
     start = time.monotonic()
     try:
-        train.train(cell.config, cell.folder)
-        bad = evaluate.evaluate(cell.config, cell.folder)
+        train.train(cell.config, cell.folder, patience)
+        if not evaluated:
+            return ""
+        bad = evaluate.evaluate(cell.config, cell.folder, patience=patience)
     except Exception as error:
         if isinstance(error, records.Stopped) and error.exit_code > 1:
             raise  # a signal, not a failing cell
@@ -335,16 +354,34 @@ def _run_cell(cell: Cell, folder: Path, states: Mapping[str, str]) -> str:
     return ""
 
 
+def _error_file(folder: Path, cell: Cell) -> Path:
+    return folder / f"error-{cell.name}.txt"
+
+
 def _summarise(
     config: configs.Config, cells: list[Cell], states: Mapping[str, str], folder: Path, show: bool
 ) -> set[str]:
     """Writes cells.json, the table and the figure; the names of the cells that went wrong."""
+    with locks.owned(folder, "table", 6 * locks.MOMENT):  # shards may end cells at the same time
+        return _write_summary(config, cells, states, folder, show)
+
+
+def _write_summary(
+    config: configs.Config, cells: list[Cell], states: Mapping[str, str], folder: Path, show: bool
+) -> set[str]:
     from infsub import report
 
-    wrong = {name: why for name, why in states.items() if why}
+    before = files.read_json(folder / "cells.json") or {}
+    failed = {  # in another shard, which tells us by its file
+        cell.name: before[cell.name]["state"]
+        for cell in cells
+        if cell.name in before and cell.name not in states and _error_file(folder, cell).exists()
+    }
+    wrong = failed | {name: why for name, why in states.items() if why}
     ended = {}
     for cell in cells:
         if done := _done(cell):
+            wrong.pop(cell.name, None)
             ended[cell.name] = cell.evaluation
             if done["not_finite"]:
                 wrong[cell.name] = f"an estimate is not finite at datapoints {done['not_finite']}"

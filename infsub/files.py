@@ -138,23 +138,41 @@ def rewrite_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     write_bytes(path, "".join(json.dumps(finite(row)) + "\n" for row in rows).encode())
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file; a last line torn by a kill is left out.
+def read_rows(path: Path, *needed: str) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file, none where there is no file; a last line torn by a kill is left out.
+
+    Args:
+      path: of the file.
+      needed: names that each row must have, an integer under each.
 
     Raises:
-      UserError: another line is no JSON.
+      UserError: it cannot be read, or another line is no row: which, and what to do.
     """
-    if not path.exists():
+    try:
+        lines = path.read_bytes().decode(errors="replace").split("\n")
+    except FileNotFoundError:
         return []
-    rows, lines = [], path.read_text(errors="replace").splitlines()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): mend or remove it.") from error
+    rows = []
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise UserError(
-                    f"{path}, line {number}, is no JSON ({error}): mend it, or remove the file."
-                ) from error
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            if number == len(lines) and line.startswith("{"):  # without its end: torn
+                break
+            raise UserError(
+                f"{path}, line {number}, is no JSON ({error}): mend it, or remove the file."
+            ) from error
+        # A bool is an int to Python.
+        if not isinstance(row, dict) or any(type(row.get(name)) is not int for name in needed):
+            wanted = f" with a whole number as {' and '.join(needed)}" if needed else ""
+            raise UserError(
+                f"{path}, line {number}, is no row, a JSON object{wanted}: mend it, or remove the file."
+            )
+        rows.append(row)
     return rows
 
 

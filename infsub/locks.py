@@ -21,37 +21,37 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from infsub.files import duration, read_json, write_json
+from infsub.files import duration, read_json, say, write_json
 from infsub.types import UserError
 
 SIGN_OF_LIFE = 20.0  # seconds between two
 PRESUMED_DEAD = 120.0  # seconds without one
+MOMENT = 10.0  # seconds within which who only looks, or notes something, is done
+POLL = 1.0  # seconds between two looks at a lock that is waited for
+
+
+class Held(UserError):
+    """Another process does it."""
 
 
 @contextlib.contextmanager
-def owned(folder: Path, activity: str) -> Iterator[None]:
+def owned(folder: Path, activity: str, patience: float = 0.0) -> Iterator[None]:
     """While entered, this process alone does `activity` ("training", "evaluation", …) in `folder`.
 
+    Args:
+      folder: made when missing.
+      activity: what is done.
+      patience: seconds to wait for another process that does it.
+
     Raises:
-      UserError: another process does; at once, with who that is and what to do. Or the folder
-        cannot be written to.
+      Held: another process does; who that is and what to do.
+      UserError: the folder cannot be written to.
     """
     note = folder / f".{activity}.json"
     lock = FileLock(folder / f".{activity}.lock", timeout=0)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout:
-        raise UserError(_held(folder, activity, _read(note), alive=True)) from None
-    except OSError as error:
-        raise UserError(
-            f"--workdir={folder} cannot be written to ({error.strerror}): give another one."
-        ) from error
+    _acquire(folder, activity, lock, note, patience)
     ended = threading.Event()
     try:
-        before = _read(note)
-        if before and before["host"] != socket.gethostname() and _age(note) < PRESUMED_DEAD:
-            raise UserError(_held(folder, activity, before, alive=False))
         write_json(note, _here())
         threading.Thread(target=_show_life, args=(note, ended), daemon=True).start()
         try:
@@ -61,6 +61,46 @@ def owned(folder: Path, activity: str) -> Iterator[None]:
             note.unlink(missing_ok=True)
     finally:
         lock.release()
+
+
+def _acquire(folder: Path, activity: str, lock: FileLock, note: Path, patience: float) -> None:
+    deadline, told = time.monotonic() + patience, False
+    while True:
+        try:
+            return _try(folder, activity, lock, note)
+        except Held as error:
+            if time.monotonic() >= deadline:
+                raise
+            if patience > 60 and not told:
+                say(f"waiting, for {error}")
+                told = True
+        time.sleep(min(POLL, max(patience / 100, 0.01)))
+
+
+def _try(folder: Path, activity: str, lock: FileLock, note: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise Held(_held(folder, activity, _read(note), alive=True)) from None
+    except OSError as error:
+        raise UserError(
+            f"--workdir={folder} cannot be written to ({error.strerror}): give another one."
+        ) from error
+    before = _read(note)
+    if before and before["host"] != socket.gethostname() and _age(note) < PRESUMED_DEAD:
+        lock.release()
+        raise Held(_held(folder, activity, before, alive=False))
+
+
+def refuse_others(folder: Path, activities: str, patience: float = 0.0) -> None:
+    """Raises Held when a process does one of the activities that match a pattern, such as "a-*".
+
+    Looking holds them for a moment: who looks at what others look at too needs a patience of MOMENT.
+    """
+    for path in folder.glob(f".{activities}.lock"):
+        with owned(folder, path.name[1 : -len(".lock")], patience):
+            pass
 
 
 def _here() -> dict[str, Any]:

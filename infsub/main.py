@@ -5,12 +5,15 @@
 trains the config's model, evaluates its bounds datapoint by datapoint and reports the gaps; again,
 it continues where it was stopped. Any of the fields below is a flag: --config.seed=1. --mode
 does one part alone, by the workdir's own config if there is no --config; status says what is done.
+With --shard=0/4 … 3/4, four processes share an evaluation: one trains, the last to end reports.
 Exit codes: 0 done, 1 failed, 2 a mistake in the command, 130 Ctrl-C and 143 SIGTERM (saved).
 """
 
 from __future__ import annotations
 
 import difflib
+import math
+import os
 import sys
 from pathlib import Path
 
@@ -18,7 +21,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from infsub import config as configs
-from infsub import experiments, files, records
+from infsub import experiments, files, records, shards
 from infsub.types import UserError
 
 MODES = ["run", "train", "evaluate", "report", "status"]
@@ -28,6 +31,12 @@ CONFIG = config_flags.DEFINE_config_file(
 WORKDIR = flags.DEFINE_string("workdir", "", "Where everything is written.")
 MODE = flags.DEFINE_enum("mode", "run", MODES, "run is train, evaluate and report.")
 CELLS = flags.DEFINE_list("cells", [], "Of an experiment: run only these cells, NAME,NAME,… .")
+SHARD = flags.DEFINE_string(
+    "shard",
+    "",
+    "i/n, from 0: of an evaluation every n-th datapoint, of an experiment every n-th cell; n processes "
+    "share the work. auto: as a SLURM array or a Kubernetes indexed job says.",
+)
 
 
 def config_first(argv: list[str]) -> list[str]:
@@ -81,17 +90,22 @@ def main(_: list[str]) -> int:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
     try:
+        shard = shards.parse(SHARD.value, os.environ)
+        if shard != shards.WHOLE and MODE.value not in ("run", "evaluate"):
+            raise UserError(
+                f"--shard is for --mode=run and evaluate; {MODE.value} is of the whole."
+            )
         if MODE.value == "status":
             print(experiments.status(workdir) or records.status(workdir))
         elif "experiment" in (CONFIG.value or {}):
-            return run_experiment(MODE.value, CONFIG.value, workdir)
+            return run_experiment(MODE.value, CONFIG.value, workdir, shard)
         elif CELLS.value:
             raise UserError(
                 "--cells is for experiments, such as --config=configs/paper/test_set.py."
             )
         else:
             config = CONFIG.value or configs.from_json(records.read_run(workdir)["config"])
-            run(MODE.value, configs.resolve(config), workdir)
+            run(MODE.value, configs.resolve(config), workdir, shard)
     except (UserError, records.Stopped, KeyboardInterrupt) as error:
         files.say(str(error) or "stopped; the same command continues.")
         return getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 2)
@@ -106,30 +120,40 @@ def main(_: list[str]) -> int:
     return 0
 
 
-def run(mode: str, config: configs.Config, workdir: Path) -> None:
-    """Trains, evaluates and reports, or does the one of them that `mode` names."""
+def run(
+    mode: str, config: configs.Config, workdir: Path, shard: shards.Shard = shards.WHOLE
+) -> None:
+    """Trains, evaluates and reports, or does the one of them that `mode` names.
+
+    Of a shard: one of the processes trains and the others wait for it; the last to end reports.
+    """
     from infsub import evaluate, report, train  # jax and flax: not for a mistake, nor for --help
 
     if mode in ("run", "train"):
-        train.train(config, workdir)
+        train.train(config, workdir, 0.0 if shard == shards.WHOLE else math.inf)
     failed = []
     for member, folder in configs.runs(config, workdir):
-        if mode in ("run", "evaluate") and (bad := evaluate.evaluate(member, folder)):
+        evaluation = folder / config.evaluate.name
+        if mode in ("run", "evaluate") and (bad := evaluate.evaluate(member, folder, shard)):
             failed.append(f"an estimate is not finite at datapoints {bad} of {folder}")
-        if mode in ("run", "report"):
-            report.report(str(folder / config.evaluate.name))
+        if mode == "run" and (lacking := records.missing(evaluation)):
+            files.say(f"{shard} of {evaluation} is done, {lacking}: the last shard reports.")
+        elif mode in ("run", "report"):
+            report.report(str(evaluation))
     if failed:
         raise records.Stopped(f"{'; '.join(failed)}.", exit_code=1)
 
 
-def run_experiment(mode: str, config: configs.Config, workdir: Path) -> int:
+def run_experiment(
+    mode: str, config: configs.Config, workdir: Path, shard: shards.Shard = shards.WHOLE
+) -> int:
     """Runs an experiment's cells, or draws its table and figure anew; the exit code."""
     overrides = list(config_flags.get_override_values(flags.FLAGS["config"]))
     if mode == "report":
         return experiments.redraw(config, workdir, overrides)
     if mode != "run":
         raise UserError(f"--mode={mode} is for one run; an experiment has run, report and status.")
-    return experiments.run(config, workdir, overrides, CELLS.value)
+    return experiments.run(config, workdir, overrides, CELLS.value, shard)
 
 
 if __name__ == "__main__":

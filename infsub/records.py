@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 
 from infsub import config as configs
-from infsub import files
+from infsub import files, shards
 from infsub.types import UserError
 
 TRACES = ("checkpoints", "metrics.jsonl", "rows.jsonl", "table.md", "seed_0")  # that a run leaves
 POSTERIORS = "posteriors.npz"  # the densities that an evaluation with a grid leaves
+NUM_POINTS = "num_points"  # in evaluation.json: how many datapoints the evaluation is of
 FACTS = ("config", "identity", "identified", "image_shape", "levels", "steps_per_epoch")
 PACKAGES = ("infsub", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "distrax")
 
@@ -141,6 +142,20 @@ def status(workdir: Path) -> str:
     return "\n".join(f"{name:<12}{text}" for name, text in lines)
 
 
+def missing(folder: Path) -> str:
+    """What is not there yet of the evaluation in a folder, in words; "" when nothing is known to be.
+
+    Raises:
+      UserError: its files cannot be read.
+    """
+    evaluation = files.read_json(folder / "evaluation.json") or {}
+    return "; ".join(
+        text if stem == "rows" else f"of the certificate, {text}"
+        for stem, name in (("rows", NUM_POINTS), ("bdmc", "bdmc.num_points"))
+        if (text := shards.missing(folder, stem, evaluation.get(name) or 0))
+    )
+
+
 def _status_of_one(workdir: Path, label: str, per_epoch: int) -> list[tuple[str, str]]:
     lines = [(label, "")]
     for row in files.read_rows(workdir / "metrics.jsonl")[-1:]:
@@ -157,8 +172,8 @@ def _status_of_one(workdir: Path, label: str, per_epoch: int) -> list[tuple[str,
         if "test_elbo" in summary:
             text = f"test ELBO {summary['test_elbo']:.2f} ± {summary['test_elbo_se']:.2f}"
             lines.append(("", f"best at epoch {summary['best_epoch']}: {text}"))
-    num_rows = len(files.read_rows(workdir / "rows.jsonl"))
-    lines.append(("", f"{num_rows} datapoints evaluated"))
+    num_rows, lacking = len(shards.read(workdir, "rows")), missing(workdir)
+    lines.append(("", f"{num_rows} datapoints evaluated{f', {lacking}' if lacking else ''}"))
     tables = sorted(p.name for p in workdir.glob("table.*"))
     lines.append(("", f"reported: {', '.join(tables)}" if tables else "not reported"))
     return lines

@@ -123,13 +123,14 @@ class Member:
             self._board.close()
 
 
-def train(config: configs.Config, workdir: str | Path) -> None:
+def train(config: configs.Config, workdir: str | Path, patience: float = 0.0) -> None:
     """Trains the model of a config, or goes on where an earlier call was stopped.
 
     Args:
       config: of a run, see config.py.
       workdir: gets config.json, metrics.jsonl, metrics.csv, summary.json, checkpoints, TensorBoard
         events and pictures; of several seeds, seed_0 … in it get them, each a run of its own.
+      patience: seconds to wait for another process that trains it.
 
     Raises:
       UserError: settings that cannot work, or a workdir that is another run's, or that another
@@ -139,11 +140,13 @@ def train(config: configs.Config, workdir: str | Path) -> None:
     """
     config, workdir = configs.resolve(config), Path(workdir)
     with contextlib.ExitStack() as held:
-        _train(config, workdir, held)
+        _train(config, workdir, held, patience)
 
 
-def _train(config: configs.Config, workdir: Path, held: contextlib.ExitStack) -> None:
-    job = _job(config, workdir, held)
+def _train(
+    config: configs.Config, workdir: Path, held: contextlib.ExitStack, patience: float
+) -> None:
+    job = _job(config, workdir, held, patience)
     if not job.active:
         files.say(f"the training of {workdir} is done.")
     else:
@@ -232,7 +235,7 @@ class State(NamedTuple):
     best: Variables
 
 
-def _job(config: configs.Config, workdir: Path, held: contextlib.ExitStack) -> Job:
+def _job(config: configs.Config, workdir: Path, held: contextlib.ExitStack, patience: float) -> Job:
     """Reads the data, builds the model and makes the workdirs this run's, the lock `held`."""
     names, train = config.data, config.train
     dataset = data.load(names.name, names.dir, names.binarisation, names.levels)
@@ -250,7 +253,8 @@ def _job(config: configs.Config, workdir: Path, held: contextlib.ExitStack) -> J
     task = make_task(vae, train, num_train)
     source = records.read_run(Path(config.init_from))["identity"] if config.init_from else ""
     runs = configs.runs(config, workdir)
-    held.enter_context(locks.owned(workdir, "training"))  # last: a mistake leaves no folder behind
+    # Last: a mistake leaves no folder behind.
+    held.enter_context(locks.owned(workdir, "training", patience))
     for each, folder in [(config, workdir), *(runs if len(runs) > 1 else [])]:
         records.claim(
             each,

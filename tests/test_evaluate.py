@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from functools import partial
 
@@ -12,7 +13,19 @@ import pytest
 import tiny
 from jax.flatten_util import ravel_pytree
 
-from infsub import bounds, checkpoints, data, evaluate, files, grids, main, measure, records
+from infsub import (
+    bounds,
+    checkpoints,
+    data,
+    evaluate,
+    files,
+    grids,
+    locks,
+    main,
+    measure,
+    records,
+    shards,
+)
 from infsub import config as configs
 from infsub.datapoints import map_datapoints
 from infsub.keys import Stream, stream
@@ -96,6 +109,101 @@ def test_a_killed_evaluation_ends_with_the_same_numbers(trained, workdir, kept):
     again(workdir)
     for name in ("rows.jsonl", "bdmc.jsonl"):
         assert files.read_rows(workdir / name) == files.read_rows(trained / name)
+
+
+def sharded(workdir, shard, **fields):
+    """The shard's evaluation of the run; its config is that of `again`."""
+    config = small(**fields)
+    config.evaluate.bdmc.num_points = 6
+    return evaluate.evaluate(config, workdir, shard)
+
+
+@pytest.fixture
+def bare(workdir):
+    """A run that is trained, and nothing more."""
+    for name in ("rows.jsonl", "bdmc.jsonl", "posteriors.npz", "evaluation.json"):
+        (workdir / name).unlink()
+    return workdir
+
+
+def assert_same_rows(workdir, trained):
+    """Every index once, and the numbers of one process but for the rounding of other blocks."""
+    for stem in ("rows", "bdmc"):
+        wanted = {row["index"]: row for row in files.read_rows(trained / f"{stem}.jsonl")}
+        lines = [row for path in shards.paths(workdir, stem) for row in files.read_rows(path)]
+        assert sorted(row["index"] for row in lines) == sorted(wanted)
+        for row in lines:
+            want = wanted[row["index"]]
+            assert row.keys() == want.keys()
+            for name, value in row.items():
+                if name.endswith("steps"):  # whether one more step gains anything is a rounding's
+                    continue
+                np.testing.assert_allclose(value, want[name], rtol=1e-6, atol=2e-3, err_msg=name)
+
+
+@pytest.mark.parametrize("count", [3, pytest.param(7, marks=pytest.mark.slow)])
+def test_shards_give_the_rows_of_one(trained, bare, count):
+    order = np.random.default_rng(count).permutation(count)
+    for i in order[:-1]:
+        assert sharded(bare, shards.Shard(i, count)) == []
+    last = shards.Shard(int(order[-1]), count)
+    assert not (bare / "posteriors.npz").exists()
+    share = len(last.of(range(10)))
+    assert records.missing(bare).startswith(
+        f"{share} of 10 datapoints are missing ({last} has none of its {share})"
+    )
+    noted = load_run(str(bare)).notes[-1]
+    assert f"{share} of 10 datapoints are missing" in noted
+    assert sharded(bare, last) == []
+    assert records.missing(bare) == ""
+    assert_same_rows(bare, trained)
+    assert (bare / "posteriors.npz").exists()  # the last one draws them
+    table = load_run(str(trained)).lines
+    for name, line in load_run(str(bare)).lines.items():
+        np.testing.assert_allclose(line.mean, table[name].mean, rtol=1e-6, atol=2e-3)
+
+    again(bare)  # the whole evaluates nothing, and joins
+    assert [path.name for path in shards.paths(bare, "rows")] == ["rows.jsonl"]
+    indices = [row["index"] for row in files.read_rows(trained / "rows.jsonl")]
+    assert [row["index"] for row in files.read_rows(bare / "rows.jsonl")] == indices
+    assert_same_rows(bare, trained)
+    before = (bare / "rows.jsonl").read_bytes()
+    assert sharded(bare, last) == []  # a late one finds nothing to do
+    assert (bare / "rows.jsonl").read_bytes() == before
+    assert_same_rows(bare, trained)
+
+
+def test_a_killed_shard_ends_with_the_same_numbers_and_others_do_what_is_missing(trained, bare):
+    one, path = shards.Shard(1, 3), bare / "rows.shard-1-of-3.jsonl"
+    sharded(bare, one)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])  # torn in a line, and in its block
+    sharded(bare, one)
+    assert path.read_bytes() == whole
+    path.write_bytes(whole[: len(whole) // 2])
+    again(bare)  # it never comes back: the whole takes its whole rows, and the rest
+    assert_same_rows(bare, trained)
+    torn = {row["index"]: row for row in map(json.loads, whole.splitlines())}
+    rows = {row["index"]: row for row in files.read_rows(bare / "rows.jsonl")}
+    kept = len(whole[: len(whole) // 2].splitlines()) - 1
+    assert kept > 0
+    assert [rows[index] for index in torn][:kept] == list(torn.values())[:kept]
+
+
+def test_the_whole_and_a_shard_exclude_each_other(bare, monkeypatch):
+    monkeypatch.setattr(locks, "MOMENT", 0.1)
+    one = shards.Shard(1, 3)
+    with (
+        locks.owned(bare, "evaluation"),
+        pytest.raises(UserError, match=r"the evaluation of .* held"),
+    ):
+        sharded(bare, one)
+    with locks.owned(bare, "evaluation.shard-1-of-3"):
+        with pytest.raises(UserError, match=r"the evaluation\.shard-1-of-3 of .* held"):
+            again(bare)
+        with pytest.raises(UserError, match=r"the evaluation\.shard-1-of-3 of .* held"):
+            sharded(bare, one)
+    assert shards.paths(bare, "rows") == []
 
 
 @pytest.mark.slow

@@ -9,8 +9,9 @@ import pytest
 from forks import commands
 
 from infsub import config as configs
-from infsub import evaluate, experiments, records, report, train
+from infsub import evaluate, experiments, locks, records, report, train
 from infsub.experiments import expand, experiment
+from infsub.shards import WHOLE, Shard
 from infsub.types import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -141,13 +142,13 @@ def stubs(monkeypatch):
     """Training and evaluation that only note what is called; `broken` names runs that raise."""
     calls, broken = [], set()
 
-    def train_one(config, folder):
+    def train_one(config, folder, patience):
         calls.append(("train", config.seed))
         if config.seed in broken:
             raise ValueError("out of luck")
         folder.mkdir(parents=True, exist_ok=True)
 
-    def evaluate_one(config, folder):
+    def evaluate_one(config, folder, patience):
         calls.append(("evaluate", config.seed))
         (folder / config.evaluate.name).mkdir()
         return [7] if config.seed == 99 else []
@@ -218,8 +219,47 @@ def test_one_cell_alone_brings_what_it_needs(tmp_path, stubs):
         experiments.run(config, tmp_path, only=["x"])
 
 
+def test_shards_share_the_cells_and_each_brings_what_its_own_need(tmp_path, stubs, capsys):
+    calls, broken = stubs
+    cells = {
+        "a": {"seed": 1},
+        "b": {"seed": 2, "init_from": "@a"},
+        "c": {"seed": 3, "init_from": "@a"},
+        "d": {"seed": 4},
+    }
+    config = experiment("e", QUESTION, cells)
+    broken.add(4)
+    assert experiments.run(config, tmp_path, shard=Shard(1, 2)) == 1
+    # The source's evaluation is the other shard's.
+    assert calls == [("train", 1), ("train", 2), ("evaluate", 2), ("train", 4)]
+    assert "1 of 4 cells of e are done; d: out of luck" in capsys.readouterr().err
+    calls.clear()
+    assert experiments.run(config, tmp_path, shard=Shard(0, 2)) == 0  # its own are well
+    assert calls == [("train", 1), ("evaluate", 1), ("train", 3), ("evaluate", 3)]
+    states = {n: c["state"] for n, c in json.loads((tmp_path / "e/cells.json").read_text()).items()}
+    assert {name for name, state in states.items() if state == "done"} == {"a", "b", "c"}
+    assert "out of luck" in states["d"]  # as the other shard has left it
+    broken.clear()
+    calls.clear()
+    assert experiments.run(config, tmp_path) == 0
+    assert calls == [("train", 4), ("evaluate", 4)]
+    assert "4 of 4 cells of e are done." in capsys.readouterr().err
+
+
+def test_the_whole_and_a_shard_of_an_experiment_exclude_each_other(tmp_path, stubs, monkeypatch):
+    monkeypatch.setattr(locks, "MOMENT", 0.1)
+    config = experiment("e", QUESTION, {"a": {}})
+    with locks.owned(tmp_path / "e", "experiment.shard-1-of-2"):
+        for shard in (WHOLE, Shard(1, 2)):
+            with pytest.raises(UserError, match=r"experiment\.shard-1-of-2 of .* is held"):
+                experiments.run(config, tmp_path, shard=shard)
+        assert experiments.run(config, tmp_path, shard=Shard(0, 2)) == 0
+    with locks.owned(tmp_path / "e", "experiment"), pytest.raises(UserError, match="is held"):
+        experiments.run(config, tmp_path, shard=Shard(0, 2))
+
+
 def test_a_stop_request_is_not_a_failing_cell(tmp_path, stubs, monkeypatch):
-    def stop(config, folder):
+    def stop(config, folder, patience):
         raise records.Stopped("stopped", exit_code=143)
 
     monkeypatch.setattr(train, "train", stop)

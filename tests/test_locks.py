@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -58,6 +60,35 @@ def test_a_killed_owner_is_no_obstacle(tmp_path, other):
     with locks.owned(tmp_path, "training"):
         assert json.loads((tmp_path / ".training.json").read_text())["pid"] == os.getpid()
     assert not (tmp_path / ".training.json").exists()
+
+
+def test_who_has_patience_waits_for_the_other_to_end(tmp_path, other, capsys):
+    with pytest.raises(UserError, match="is held by"), locks.owned(tmp_path, "training", 0.2):
+        pass
+    threading.Timer(0.5, other.kill).start()
+    with locks.owned(tmp_path, "training", math.inf):
+        assert other.wait() < 0
+    assert "waiting, for the training of" in capsys.readouterr().err  # and who holds it
+
+
+def test_who_looks_at_locks_at_the_same_time_is_not_refused(tmp_path):
+    with locks.owned(tmp_path, "evaluation"):
+        pass
+    refused = []
+
+    def look():
+        try:
+            for _ in range(20):
+                locks.refuse_others(tmp_path, "evaluation", locks.MOMENT)
+        except UserError as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=look) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert refused == []
 
 
 def test_an_error_inside_gives_it_back(tmp_path):

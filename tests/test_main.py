@@ -117,6 +117,12 @@ MISTAKES = {
         ["W", QUICK, "--config.evaluate.ais.start=local", "--config.evaluate.local.families=()"],
         "starts from the first of config.evaluate.local.families, and there is none",
     ),
+    "no shard": (["W", QUICK, "--shard=4/4"], "--shard=4/4 is no shard: give --shard=i/n, with i"),
+    "no array": (["W", QUICK, "--shard=auto"], "SLURM_ARRAY_TASK_ID, or from JOB_COMPLETION_INDEX"),
+    "shard of a training": (
+        ["W", QUICK, "--mode=train", "--shard=0/2"],
+        "--shard is for --mode=run",
+    ),
     "no source": (["W", QUICK, "--config.init_from=/nowhere"], "/nowhere holds no run"),
     "unwritable": (["--workdir=/proc/run", QUICK], "--workdir=/proc/run cannot be written to"),
     "override alone": (["W", "--config.seed=3"], "give --config=FILE.py too"),
@@ -201,6 +207,14 @@ def test_the_whole_way_and_again(command, tmp_path):
     for text in ("mnist5k", "epoch 2 of 2", "test ELBO", "3 datapoints evaluated", "table.md"):
         assert text in status
     assert len(status.splitlines()) < 24
+
+    (tmp_path / "rows.jsonl").unlink()
+    for shard, said in (("1/2", "2 of 3 datapoints are missing"), ("0/2", "Wrote table.md")):
+        code, log = command(*arguments, f"--shard={shard}")
+        assert code == 0, log
+        assert said in log  # the last one reports
+    code, log = command("--mode=status", f"--workdir={tmp_path}")
+    assert "3 datapoints evaluated" in log
 
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     code, log = command(*arguments, "--config.seed=4")

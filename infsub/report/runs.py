@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from infsub import files, gaps, records, rows
+from infsub import files, gaps, records, rows, shards
 from infsub.config import flatten
 from infsub.types import UserError
 
@@ -47,7 +47,7 @@ def load_run(workdir: str, name: str = "") -> LoadedRun:
       UserError: a file is missing, empty or torn, or no datapoint is finite in all bounds.
     """
     folder = Path(workdir)
-    measured = _read_rows(folder / "rows.jsonl", rows.ELBO)
+    measured = _read_rows(folder, "rows", rows.ELBO)
     document = records.read_run(folder, needed=("config",))
     config = document["config"]
     own = config.get("model", {}).get("posterior", {}).get("name", "gaussian")
@@ -60,13 +60,15 @@ def load_run(workdir: str, name: str = "") -> LoadedRun:
             "before its bounds."
         ) from error
     certificate = gaps.Certificate(None, [], [])
-    if (folder / "bdmc.jsonl").exists():
-        certificate = gaps.certify(_read_rows(folder / "bdmc.jsonl", rows.LOWER, rows.UPPER))
+    if shards.paths(folder, "bdmc"):
+        certificate = gaps.certify(_read_rows(folder, "bdmc", rows.LOWER, rows.UPPER))
     lines = found.lines
     if certificate.line is not None:
         lines = lines | {rows.CERTIFICATE.name: certificate.line}
     evaluation = files.read_json(folder / "evaluation.json") or {}
     identity = document.get("identified", {}).get("data identity", config.get("data"))
+    missing = records.missing(folder)
+    lacking = [f"Not all is evaluated: {missing}."] if missing else []
     return LoadedRun(
         name=name or folder.resolve().name,
         indices=found.indices,
@@ -77,7 +79,7 @@ def load_run(workdir: str, name: str = "") -> LoadedRun:
         data=f"{evaluation.get('images', identity)} {config.get('evaluate', {}).get('split')}",
         settings={k: v for k, v in flatten(config) if not k.startswith(("data.dir", "report"))},
         flags=found.flags + certificate.flags,
-        notes=found.notes + certificate.notes,
+        notes=found.notes + certificate.notes + lacking,
     )
 
 
@@ -86,12 +88,9 @@ def line_names(runs: Sequence[LoadedRun]) -> list[str]:
     return rows.in_order(name for run in runs for name in run.lines)
 
 
-def _read_rows(path: Path, *required: rows.Quantity) -> rows.Rows:
-    """The rows of a JSON-lines file, all of them but a last one torn by a kill."""
-    try:
-        found = files.read_rows(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}).") from error
+def _read_rows(folder: Path, stem: str, *required: rows.Quantity) -> rows.Rows:
+    """The rows of all shards of an evaluation, all of them but last ones torn by a kill."""
+    found, path = shards.read(folder, stem), folder / f"{stem}.jsonl"
     if not found:
         raise UserError(f"{path} is missing or has no complete row; evaluate the run first.")
     try:
