@@ -13,29 +13,38 @@ from infsub.check import Check, check
 from infsub.datapoints import map_datapoints
 from infsub.laplace import LaplaceInfo, laplace, laplace_with_info
 from infsub.local import LocalResult, local_curve, optimize_local
+from infsub.measure import AIS, Settings
+from infsub.measurement import Comparison, Measurement, compare, load, measure
 from infsub.types import Estimate, Gaussian, Model, Posterior, Target
 
-# The functions `ais`, `bdmc`, `check`, `laplace` are named like the modules they live in: they are
+# The functions `ais`, `bdmc`, `check`, `laplace`, `measure` are named like the modules they live in: they are
 # bound here, after those modules are loaded, so `infsub.ais(…)` is always the function.
 __all__ = [
+    "AIS",
     "Check",
+    "Comparison",
     "Estimate",
     "Gaussian",
     "LaplaceInfo",
     "LocalResult",
+    "Measurement",
     "Model",
     "Posterior",
+    "Settings",
     "Target",
     "ais",
     "ais_with_info",
     "bdmc",
     "check",
+    "compare",
     "elbo",
     "iwae",
     "laplace",
     "laplace_with_info",
+    "load",
     "local_curve",
     "map_datapoints",
+    "measure",
     "optimize_local",
     "posteriors",
     "reverse_ais",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from infsub import densities
+from infsub.samplers import as_sampler, draw
 from infsub.types import (
     Estimate,
     Gaussian,
@@ -21,38 +21,10 @@ from infsub.types import (
     Scalar,
     Target,
     Vector,
-    as_partial,
     positive_int,
 )
 
 _MAX_TAIL = 512
-
-
-def as_sampler(q: Gaussian | Sampler | Any) -> Partial:
-    """`q` as a function key -> (z [D], log_q []).
-
-    q may also be a distribution object that has sample_and_log_prob(seed=…), such as distrax's: a
-    pytree, made inside the function of one datapoint, for distrax does not go through vmap.
-
-    Raises:
-      TypeError: q is none of these.
-    """
-    if isinstance(q, Gaussian):
-        densities.check_gaussian(q)
-        return Partial(densities.sample_gaussian, q=q)
-    if hasattr(q, "sample_and_log_prob"):
-        return Partial(_sample_object, q)
-    if not callable(q):
-        hint = ": write infsub.Gaussian(mean, scale)" if isinstance(q, tuple | list) else ""
-        raise TypeError(
-            "q must be a Gaussian, a function key -> (z [D], log_q []), or a distribution with "
-            f"sample_and_log_prob(seed=…); got {type(q).__name__}{hint}"
-        )
-    return as_partial(q)
-
-
-def _sample_object(q: Any, key: Key) -> tuple[Vector, Scalar]:
-    return q.sample_and_log_prob(seed=key)
 
 
 def checked(name: str, log_density: LogDensity, z: Vector) -> Scalar:
@@ -84,11 +56,7 @@ def log_joint(target: Target, z: Vector) -> Scalar:
 
 def log_weight(key: Key, target: Target, q: Sampler) -> Scalar:
     """log w = log p(x, z) − log q(z) at one draw z of q, key -> []; E[w] = p(x)."""
-    z, log_q = q(key)
-    if jnp.shape(z) != (target.latent_dim,):
-        raise ValueError(
-            f"q must sample z of shape [{target.latent_dim}], the target's latent_dim; got {jnp.shape(z)}"
-        )
+    z, log_q = draw(q, key, target.latent_dim)
     return log_joint(target, z) - log_q
 
 
@@ -113,8 +81,8 @@ def elbo(key: Key, target: Target, q: Gaussian | Sampler, num_samples: int = 100
 
 @partial(jax.jit, static_argnames="num_samples")
 def _elbo(key: Key, target: Target, q: Partial, num_samples: int) -> Estimate:
-    draw = partial(log_weight, target=target, q=q)
-    log_weights = jax.vmap(draw)(jax.random.split(key, num_samples))
+    weight = partial(log_weight, target=target, q=q)
+    log_weights = jax.vmap(weight)(jax.random.split(key, num_samples))
     nan = jnp.full((), jnp.nan, log_weights.dtype)
     error = jnp.std(log_weights, ddof=1) / math.sqrt(num_samples) if num_samples > 1 else nan
     return Estimate(jnp.mean(log_weights), error, nan, nan, log_weights, nan)
@@ -188,19 +156,19 @@ def _iwae(key: Key, target: Target, q: Partial, num_samples: int, chunk_size: in
     num_chunks = -(-num_samples // chunk_size)
     chunk_size = -(-num_samples // num_chunks)
     tail_size = min(_tail_size(num_samples), chunk_size * num_chunks)
-    draw = partial(log_weight, target=target, q=q)
+    weight = partial(log_weight, target=target, q=q)
 
     def chunk(carry, start):
         total, total_squares, tail = carry
         index = start + jnp.arange(chunk_size)
-        log_weights = jax.vmap(lambda k: draw(jax.random.fold_in(key, k)))(index)
+        log_weights = jax.vmap(lambda k: weight(jax.random.fold_in(key, k)))(index)
         log_weights = jnp.where(index < num_samples, log_weights, -jnp.inf)
         total = jnp.logaddexp(total, log_sum_exp(log_weights))
         total_squares = jnp.logaddexp(total_squares, log_sum_exp(2 * log_weights))
         tail, _ = jax.lax.top_k(jnp.concatenate([tail, log_weights]), tail_size + 1)
         return (total, total_squares, tail), None
 
-    dtype = jax.eval_shape(draw, key).dtype
+    dtype = jax.eval_shape(weight, key).dtype
     nothing = jnp.full((), -jnp.inf, dtype)
     carry = (nothing, nothing, jnp.full(tail_size + 1, -jnp.inf, dtype))
     starts = chunk_size * jnp.arange(num_chunks)

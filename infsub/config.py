@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from infsub.ais import ADAPTATIONS
 from infsub.local import RULES
-from infsub.measure import AIS_STARTS, IWAE_STARTS
+from infsub.measure import AIS, AIS_STARTS, IWAE_STARTS, Settings
 from infsub.posteriors import FAMILIES
 from infsub.schedules import SCHEDULES
 from infsub.types import UserError, increasing_steps
@@ -321,6 +321,31 @@ def resolve(config: Config) -> Config:
             "of at least 1."
         )
     return config.lock()
+
+
+def measured(evaluate: Config, chunk_size: int) -> Settings:
+    """What config.evaluate says of the measuring, not of which points; equal ones compile once."""
+    options = evaluate.ais.to_dict()
+    ais_start = options.pop("start")
+    return Settings(
+        elbo_samples=evaluate.elbo_samples,
+        iwae_samples=evaluate.iwae_samples,
+        iwae_start=evaluate.iwae_start,
+        chunk_size=chunk_size,
+        ais=AIS(**options),
+        ais_start=ais_start,
+        **evaluate.local.to_dict(),
+        grid=evaluate.grid,
+    )
+
+
+def of_settings(settings: Settings) -> dict[str, Any]:
+    """The inverse of `measured`: the fields of config.evaluate that settings stand for."""
+    fields = settings._asdict()
+    del fields["chunk_size"]  # of the device, not of the numbers
+    local = {name: fields.pop(name) for name in ("families", "preset", "max_steps", "curve")}
+    ais = fields.pop("ais")._asdict() | {"start": fields.pop("ais_start")}
+    return fields | {"local": local, "ais": ais}
 
 
 def to_json(config: Config) -> dict[str, Any]:

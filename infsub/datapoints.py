@@ -23,6 +23,18 @@ def _block(function, static, key, indices, xs, args):
     return jax.vmap(one)(indices, xs)
 
 
+def number_of(xs: Any) -> int:
+    """N of a pytree of arrays [N, …]. Raises ValueError where it is empty or its leaves disagree."""
+    leaves = jax.tree.leaves(xs)
+    sizes = {np.shape(leaf)[0] if np.ndim(leaf) else 0 for leaf in leaves}
+    if len(sizes) != 1 or sizes == {0}:
+        raise ValueError(
+            "xs must be a pytree of arrays [N, …] with one common N ≥ 1; got shapes "
+            f"{[np.shape(leaf) for leaf in leaves]}"
+        )
+    return sizes.pop()
+
+
 def map_datapoints(
     function: Callable[..., Any],
     key: Key,
@@ -56,14 +68,7 @@ def map_datapoints(
     Raises:
       ValueError: xs is empty, its leaves disagree on N, or block_size < 1.
     """
-    leaves = jax.tree.leaves(xs)
-    sizes = {np.shape(leaf)[0] if np.ndim(leaf) else 0 for leaf in leaves}
-    if len(sizes) != 1 or sizes == {0}:
-        raise ValueError(
-            "xs must be a pytree of arrays [N, …] with one common N ≥ 1; got shapes "
-            f"{[np.shape(leaf) for leaf in leaves]}"
-        )
-    (num_points,) = sizes
+    num_points = number_of(xs)
     indices = np.arange(num_points) if indices is None else np.asarray(indices)
     if indices.shape != (num_points,):
         raise ValueError(f"indices must have shape [N={num_points}]; got {indices.shape}")

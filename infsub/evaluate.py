@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
-from infsub import checkpoints, data, files, locks, measure, posteriors, records, rows, shards
+from infsub import checkpoints, data, files, locks, posteriors, records, rows, shards, subjects
 from infsub import config as configs
 from infsub.datapoints import map_datapoints
-from infsub.keys import Stream, named, stream
+from infsub.keys import Stream, stream
+from infsub.measure import Datapoint
 from infsub.shards import WHOLE, Shard
+from infsub.subjects import Subject
 from infsub.types import Array, Key, UserError
 from infsub.vae import VAE, Variables, make_vae
 
-# Rows (datapoints × samples) a dispatch works on: what fits a CPU's caches, or fills a GPU.
-_ROWS = {"cpu": 320}
-_ROWS_ACCELERATOR = 16_000
 _NUM_DRAWN = 6  # datapoints whose posteriors are drawn
 _ACTIVITY = "evaluation"  # of the lock
 
@@ -85,22 +85,21 @@ def _evaluate(
             held = locks.owned(workdir / settings.name, _ACTIVITY, locks.MOMENT)
             whole.enter_context(held)
         folder = _claim(workdir, settings, run, facts, len(indices))
-    rows_per_block = _ROWS.get(jax.default_backend(), _ROWS_ACCELERATOR)
-    block_size = settings.block_size or max(1, rows_per_block // settings.ais.num_chains)
-    num_points = max(1, len(shard.of(indices)))
-    block_size = -(-num_points // -(-num_points // block_size))  # blocks of equal size
-
+    num_points, num_chains = max(1, len(shard.of(indices))), settings.ais.num_chains
+    block_size, chunk_size = subjects.sizes(num_points, num_chains, settings.block_size)
     own = config.model.posterior.name
-    chunk_size = max(1, rows_per_block // block_size)
-    static = {"vae": vae, "own": own, "settings": _measured(settings, chunk_size)}
-    mapped = partial(map_datapoints, static=static, block_size=block_size)
+    static = {"settings": configs.measured(settings, chunk_size)}
+
+    def mapped(function: Any, key: Key, xs: Any, indices: np.ndarray) -> dict[str, Any]:
+        options = {"static": static, "block_size": block_size, "indices": indices}
+        return map_datapoints(function, key, xs, variables, subject_of(vae, own), **options)
 
     def images(block: np.ndarray) -> np.ndarray:
         return np.asarray(data.batch(split.images, jnp.asarray(block), key_images))
 
     def evaluated(block: np.ndarray) -> dict[str, Any]:
         labels = [None] * len(block) if split.labels is None else split.labels[block]
-        columns = mapped(bounds_of_datapoint, key_rows, images(block), variables, indices=block)
+        columns = mapped(subjects.bounds, key_rows, images(block), block)
         return {rows.LABEL: labels} | columns
 
     written = _write_rows(folder, "rows", shard, "evaluating", indices, block_size, evaluated)
@@ -108,7 +107,7 @@ def _evaluate(
         simulated = np.arange(settings.bdmc.num_points)
 
         def bounded(block: np.ndarray) -> dict[str, Any]:
-            return mapped(certify_datapoint, key_certificate, block, variables, indices=block)
+            return mapped(subjects.certificate, key_certificate, block, block)
 
         _write_rows(folder, "bdmc", shard, "certifying", simulated, block_size, bounded)
     bad = _not_finite(indices, written)
@@ -124,65 +123,28 @@ def _evaluate(
             "families": [own, *settings.local.families],
         }
         arrays |= {} if split.labels is None else {"labels": split.labels[first]}
-        arrays |= mapped(densities_of_datapoint, key_rows, xs, variables, indices=first)
+        arrays |= mapped(subjects.densities, key_rows, xs, first)
         files.write_npz(folder / records.POSTERIORS, arrays)
     return bad
 
 
-def _measured(settings: Any, chunk_size: int) -> measure.Settings:
-    """What config.evaluate says of the measuring, not of which points; equal ones compile once."""
-    options = settings.ais.to_dict()
-    ais_start = options.pop("start")
-    return measure.Settings(
-        elbo_samples=settings.elbo_samples,
-        iwae_samples=settings.iwae_samples,
-        iwae_start=settings.iwae_start,
-        chunk_size=chunk_size,
-        ais=measure.AIS(**options),
-        ais_start=ais_start,
-        **settings.local.to_dict(),
-        grid=settings.grid,
-    )
+@functools.cache
+def subject_of(vae: VAE, own: str) -> Subject:
+    """A VAE as what is measured, its x [H, W, C]; `own` is its encoder's family."""
 
+    def describe(key: Key, variables: Variables, x: Array) -> Datapoint:
+        posterior, params = vae.posterior(variables, x), vae.encode(variables, x)
+        if not params["shared"] and set(params["encoded"]) == {"mean", "log_scale"}:
+            base = posteriors.gaussian_of(params)
+        else:
+            base = posteriors.moment_matched(key, posterior, params)
+        q = posteriors.sampler(posterior, params)
+        return Datapoint(vae.target(variables, x), q, base, own, (posterior, params))
 
-def describe(key: Key, vae: VAE, variables: Variables, x: Array, own: str) -> measure.Datapoint:
-    """What a VAE says of one x [H, W, C]; `own` is its encoder's family, `key` for the moments of q."""
-    posterior, params = vae.posterior(variables, x), vae.encode(variables, x)
-    if not params["shared"] and set(params["encoded"]) == {"mean", "log_scale"}:
-        base = posteriors.gaussian_of(params)
-    else:
-        base = posteriors.moment_matched(key, posterior, params)
-    q = posteriors.sampler(posterior, params)
-    return measure.Datapoint(vae.target(variables, x), q, base, own, (posterior, params))
+    def simulate(key: Key, variables: Variables, _: Any) -> tuple[Array, Array]:
+        return vae.simulate(key, variables)
 
-
-def bounds_of_datapoint(
-    key: Key, x: Array, variables: Variables, *, vae: VAE, own: str, settings: measure.Settings
-) -> dict[str, Array]:
-    """`measure.bounds_of_datapoint` of a VAE at x [H, W, C]."""
-    point = describe(named(key, "moments"), vae, variables, x, own)
-    return measure.bounds_of_datapoint(key, point, settings)
-
-
-def densities_of_datapoint(
-    key: Key, x: Array, variables: Variables, *, vae: VAE, own: str, settings: measure.Settings
-) -> dict[str, Array]:
-    """`measure.densities_of_datapoint` of a VAE at x [H, W, C]: of the q and q* of its row."""
-    point = describe(named(key, "moments"), vae, variables, x, own)
-    return measure.densities_of_datapoint(key, point, settings)
-
-
-def certify_datapoint(
-    key: Key, _: Array, variables: Variables, *, vae: VAE, own: str, settings: measure.Settings
-) -> dict[str, Array]:
-    """`measure.certify_datapoint` of an x that the VAE simulates."""
-
-    def simulated(key: Key) -> tuple[Array, measure.Datapoint]:
-        key_model, key_q = jax.random.split(key)
-        z, x = vae.simulate(key_model, variables)
-        return z, describe(key_q, vae, variables, x, own)
-
-    return measure.certify_datapoint(key, simulated, settings)
+    return Subject(Partial(describe), Partial(simulate))
 
 
 def simulate(key: Key, vae: VAE, variables: Variables, num_points: int) -> data.Split:

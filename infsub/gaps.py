@@ -74,10 +74,17 @@ class Line(NamedTuple):
 
 
 class Flag(NamedTuple):
-    """Something to know about some datapoints: a sentence, and their indices."""
+    """Something to know about some datapoints.
+
+    Attributes:
+      text: in a sentence, which says how many they are.
+      indices: of the datapoints.
+      what: the same of one of them.
+    """
 
     text: str
     indices: list[int]
+    what: str = ""
 
 
 class Curve(NamedTuple):
@@ -282,7 +289,7 @@ def _flag(text: str, bad: np.ndarray, indices: np.ndarray, then: str = "") -> li
     if not bad.any():
         return []
     counted = f"{text} at {bad.sum()} of {bad.size} datapoints{then}"
-    return [Flag(counted, indices[bad].tolist())]
+    return [Flag(counted, indices[bad].tolist(), text + then)]
 
 
 def _log_px(lines: dict[str, Line]) -> dict[str, Line]:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from infsub import bounds
+from infsub.samplers import as_sampler
 from infsub.types import Array, Gaussian, Key, Sampler, Target, positive_int
 
 _REACH = 8.0  # the search begins in [−8, 8]²
@@ -127,7 +128,7 @@ def log_px(target: Target, num_cells: int = 100) -> Quadrature:
 
 def draw(key: Key, q: Gaussian | Sampler, num_samples: int) -> Array:
     """z [K, 2] of q: Gaussian(mean [2], scale [2]), or a sampler key -> (z [2], log_q [])."""
-    return _draw(key, bounds.as_sampler(q), positive_int("num_samples", num_samples))
+    return _draw(key, as_sampler(q), positive_int("num_samples", num_samples))
 
 
 @partial(jax.jit, static_argnames="num_samples")

@@ -78,7 +78,7 @@ class Datapoint(NamedTuple):
       target: p(z) p(x|z).
       q: q(z|x), the encoder's.
       base: the Gaussian that local inference and AIS start from: q, or one of its moments.
-      own: the family of q, by its name in posteriors.py.
+      own: the family of q, by its name in posteriors.py; "" where it is none of those.
       amortised: q as a member of that family, where its curve is asked for: the encoder's output as
         the family's params.
     """

@@ -5,7 +5,6 @@ Pure functions of ONE datapoint; `check` averages what they return over datapoin
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +12,8 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from infsub import bounds
-from infsub.types import Array, Gaussian, Key, LogDensity, Model, Params, Sampler
+from infsub.samplers import as_sampler, draw
+from infsub.types import Array, Gaussian, Key, LogDensity, Model, Params
 
 NUM_REPLICATES = 8  # R, x's for one z
 NUM_RANKED = 50  # draws of q that the true z is ranked among
@@ -96,7 +96,7 @@ def pair(key: Key, row: tuple[Any, Any], model: Model, params: Params) -> Pair:
     target = model.target(params, x)
     prior = derivatives(lambda z: bounds.log_prior(target, z), z, probes[0])
     q = model.encode(params, x)
-    draws, _ = jax.vmap(checked_sampler(q, model.latent_dim))(jax.random.split(key_q, NUM_RANKED))
+    draws, _ = draws_of(key_q, q, model.latent_dim, NUM_RANKED)
     return Pair(
         z,
         x,
@@ -115,9 +115,7 @@ def on_data(key: Key, x: Any, model: Model, params: Params) -> OnData:
     """What q(z|x) and p(x, z) say of each other at one datapoint."""
     key_q, key_probe = jax.random.split(key)
     target, q = model.target(params, x), model.encode(params, x)
-    draws, log_q = jax.vmap(checked_sampler(q, model.latent_dim))(
-        jax.random.split(key_q, NUM_DRAWS)
-    )
+    draws, log_q = draws_of(key_q, q, model.latent_dim, NUM_DRAWS)
     probes = jax.random.rademacher(key_probe, draws.shape, draws.dtype)
 
     def at_draws(density: LogDensity) -> tuple[Array, Array, Array]:
@@ -148,7 +146,7 @@ def encode_twice(key: Key, x: Any, model: Model, params: Params) -> tuple[Array,
         if isinstance(q, Gaussian):
             scale = q.scale if jnp.ndim(q.scale) < 2 else jnp.diagonal(q.scale)
             return ravel_pytree(q)[0], scale
-        return ravel_pytree(bounds.as_sampler(q)(key))[0], jnp.full(model.latent_dim, jnp.nan)
+        return ravel_pytree(as_sampler(q)(key))[0], jnp.full(model.latent_dim, jnp.nan)
 
     (first, scale), (second, _) = encoded(), encoded()
     return jnp.stack([first, second]), scale
@@ -170,20 +168,10 @@ def derivatives(density: LogDensity, z: Array, probe: Array) -> tuple[Array, Arr
     return score, -probe * product
 
 
-def checked_sampler(q: Any, latent_dim: int) -> Callable[[Key], tuple[Array, Array]]:
-    """q as a function key -> (z [D], log_q []); a ValueError where z has another shape."""
-    draw: Sampler = bounds.as_sampler(q)
-
-    def checked(key: Key) -> tuple[Array, Array]:
-        z, log_q = draw(key)
-        if jnp.shape(z) != (latent_dim,):
-            raise ValueError(
-                f"encode's q must sample z of shape [{latent_dim}], the model's latent_dim; "
-                f"got {jnp.shape(z)}"
-            )
-        return z, log_q
-
-    return checked
+def draws_of(key: Key, q: Any, latent_dim: int, num_draws: int) -> tuple[Array, Array]:
+    """K draws of q and their log q, ([K, D], [K]); a ValueError where z has another shape."""
+    sampler = as_sampler(q)
+    return jax.vmap(lambda key: draw(sampler, key, latent_dim))(jax.random.split(key, num_draws))
 
 
 def marginals(q: Any, draws: Array) -> Marginals:

@@ -28,7 +28,18 @@ import numpy as np
 from jax.tree_util import Partial
 
 from infsub import densities, flows, linalg
-from infsub.types import Array, Gaussian, Key, Params, Posterior, Target, as_partial, positive_int
+from infsub.samplers import as_sampler
+from infsub.types import (
+    Array,
+    Gaussian,
+    Key,
+    Params,
+    Posterior,
+    Sampler,
+    Target,
+    as_partial,
+    positive_int,
+)
 
 _LOG_SCALE_LIMIT = 15.0  # e^±15 is what float32 resolves beside a mean of order 1
 _LOG_SCALE_LIMIT_V = 7.0  # v has no unit but its own
@@ -138,15 +149,23 @@ def factorised(q: Gaussian) -> Gaussian:
 
 
 def moment_matched(
-    key: Key, posterior: Posterior, params: Params, num_samples: int = 1000, full: bool = False
+    key: Key,
+    q: Posterior | Sampler | Any,
+    params: Params | None = None,
+    num_samples: int = 1000,
+    full: bool = False,
 ) -> Gaussian:
     """The Gaussian of q(z)'s mean [D] and standard deviations [D]; AIS may start from it.
 
+    q: a Posterior, at `params`; or whatever gives draws itself, a sampler or a distribution object.
     full=True gives q's covariance too, as its Cholesky factor [D, D].
-    Raises ValueError when num_samples is not positive, or is no more than D where full.
+    Raises ValueError when num_samples is not positive, or is no more than D where full, TypeError for
+    a Posterior without params.
     """
+    if isinstance(q, Posterior) and params is not None:
+        q = sampler(q, params)
     keys = jax.random.split(key, positive_int("num_samples", num_samples))
-    z, _ = jax.vmap(sampler(posterior, params))(keys)
+    z, _ = jax.vmap(as_sampler(q))(keys)
     mean, scale = jnp.mean(z, axis=0), jnp.std(z, axis=0)
     if not full:
         return Gaussian(mean, scale)

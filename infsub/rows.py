@@ -229,15 +229,18 @@ class Rows(NamedTuple):
     Attributes:
       indices: [N], of the datapoints in their split.
       columns: by the name of the quantity.
+      labels: [N], their classes, of any type; None where none is known.
     """
 
     indices: np.ndarray
     columns: dict[str, Column]
+    labels: np.ndarray | None = None
 
     def at(self, chosen: np.ndarray) -> Rows:
         """The rows of some of the datapoints, [N] of bool or their positions."""
         columns = {name: column.at(chosen) for name, column in self.columns.items()}
-        return Rows(self.indices[chosen], columns)
+        labels = None if self.labels is None else self.labels[chosen]
+        return Rows(self.indices[chosen], columns, labels)
 
     def finite(self, names: Iterable[str]) -> np.ndarray:
         """Where all of these quantities are finite, [N] of bool."""
@@ -248,7 +251,7 @@ class Rows(NamedTuple):
 
 
 def parse(rows: Sequence[Any], *required: Quantity) -> Rows:
-    """Rows of JSON as columns. What is missing or null is NaN; columns of no quantity are left out.
+    """Rows of JSON as columns. What is missing or null is NaN; what is no quantity is left out.
 
     Of two rows with one index the last counts: that datapoint was evaluated again.
 
@@ -273,7 +276,10 @@ def parse(rows: Sequence[Any], *required: Quantity) -> Rows:
         }
         values = _numbers(ordered, name)
         columns[name] = Column(values, fields.get("se", np.full_like(values, np.nan)), fields)
-    return Rows(np.array(sorted(by_index), dtype=int), columns)
+    labels = np.empty(len(ordered), object)
+    labels[:] = [row.get(LABEL) for row in ordered]
+    known = labels if any(label is not None for label in labels) else None
+    return Rows(np.array(sorted(by_index), dtype=int), columns, known)
 
 
 def _numbers(rows: list[dict[str, Any]], name: str) -> np.ndarray:

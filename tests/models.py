@@ -11,7 +11,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from infsub import densities
-from infsub.types import Gaussian, Target
+from infsub.types import Gaussian, Model, Target
 
 
 class LinearGaussian(NamedTuple):
@@ -111,3 +111,17 @@ def oracle_target(params, x) -> Target:
 def oracle_encoder(params, x) -> Gaussian:
     mean, log_variance = jnp.split(_mlp(params, "encoder", x), 2)
     return Gaussian(mean, jnp.exp(0.5 * log_variance))
+
+
+def own_model(known: LinearGaussian, shift: float = 0.3, widen: float = 1.5) -> Model:
+    """A linear-Gaussian model as a user's: params are itself, and its encoder is off by this much."""
+
+    def encode(params, x):
+        best = params.best_gaussian(x)
+        return Gaussian(best.mean + shift * jnp.sin(x[: best.mean.size]), widen * best.scale)
+
+    def sample_x(key, params, z, x):
+        noise = params.noise * jax.random.normal(key, params.bias.shape, z.dtype)
+        return params.weight @ z + params.bias + noise
+
+    return Model(known.weight.shape[1], encode, LinearGaussian.log_likelihood, sample_x)

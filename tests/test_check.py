@@ -429,7 +429,7 @@ def test_impossible_arguments():
         infsub.check(key, model, params, num_points=10)
     with pytest.raises(ValueError, match="needs xs"):
         infsub.check(key, model, params, training_elbo=-90.0)
-    with pytest.raises(ValueError, match=r"shape \[4\], the model's latent_dim"):
+    with pytest.raises(ValueError, match=r"shape \[4\], the latent_dim"):
         infsub.check(key, blind._replace(latent_dim=4), params, np.ones((30, 10)))
     with pytest.raises(TypeError, match="must return a scalar"):
         infsub.check(key, model._replace(log_likelihood=lambda p, x, z: x), params)

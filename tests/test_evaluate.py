@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from functools import partial
 
 import jax
@@ -22,9 +23,9 @@ from infsub import (
     grids,
     locks,
     main,
-    measure,
     records,
     shards,
+    subjects,
 )
 from infsub import config as configs
 from infsub.datapoints import map_datapoints
@@ -51,7 +52,7 @@ def small(**fields):
 def _small_pictures():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "_NUM_DRAWN", 2)
-        patch.setattr(measure, "_NUM_SAMPLES", 20_000)
+        patch.setattr(sys.modules["infsub.measure"], "_NUM_SAMPLES", 20_000)
         yield
 
 
@@ -248,10 +249,9 @@ def test_the_curve_of_the_own_family_starts_at_the_amortised_q():
     noise = 0.1 * jax.random.normal(jax.random.key(1), flat.shape)
     variables |= {"encoder": unravel(flat + noise)}
     xs = data.batch(data.load("mnist5k").train.images, jnp.arange(4))
-    static = {"vae": vae, "own": "rnvp", "settings": evaluate._measured(config.evaluate, 50)}
-    row = map_datapoints(
-        evaluate.bounds_of_datapoint, jax.random.key(2), xs, variables, static=static
-    )
+    static = {"settings": configs.measured(config.evaluate, 50)}
+    subject = evaluate.subject_of(vae, "rnvp")
+    row = map_datapoints(subjects.bounds, jax.random.key(2), xs, variables, subject, static=static)
     errors = np.hypot(row["after_0_rnvp_se"], row["elbo_se"])
     assert np.all(np.abs(row["after_0_rnvp"] - row["elbo"]) < 4 * errors)
     np.testing.assert_array_equal(row["after_0_rnvp"], row["after_0_rnvp_encoded"])
@@ -273,13 +273,13 @@ def test_ais_starts_elsewhere_where_the_encoder_is_lost():
     gaps = {}
     for start in ("posterior", "laplace", "local"):
         config.evaluate.ais.start = start
-        settings = evaluate._measured(config.evaluate, 50)
-        static = {"vae": vae, "own": "gaussian", "settings": settings}
+        static = {"settings": configs.measured(config.evaluate, 50)}
+        subject = evaluate.subject_of(vae, "gaussian")
         certified = map_datapoints(
-            evaluate.certify_datapoint, key, np.arange(32), variables, static=static
+            subjects.certificate, key, np.arange(32), variables, subject, static=static
         )
         gaps[start] = certified["gap"]
-    row = map_datapoints(evaluate.bounds_of_datapoint, key, xs, variables, static=static)
+    row = map_datapoints(subjects.bounds, key, xs, variables, subject, static=static)
     gained = [gaps["posterior"] - gaps[start] for start in ("laplace", "local")]
     # From q(z|x) the row's AIS would end nats below L[q*] too.
     gained.append(row["ais"] - row["local_gaussian"] + 1)

@@ -16,8 +16,9 @@ import pytest
 import tiny
 
 import infsub
-from infsub import data, evaluate, measure, posteriors, train_step
+from infsub import data, evaluate, posteriors, subjects, train_step
 from infsub.keys import Stream, named, stream
+from infsub.measure import Settings
 from infsub.types import Gaussian
 from infsub.vae import Terms, make_vae
 
@@ -150,17 +151,18 @@ def test_pixels_are_not_drawn_with_the_noise_of_z():
 @pytest.mark.parametrize("start", ["posterior", "local", "prior"])
 @pytest.mark.parametrize(
     "function",
-    [evaluate.bounds_of_datapoint, evaluate.certify_datapoint, evaluate.densities_of_datapoint],
+    [subjects.bounds, subjects.certificate, subjects.densities],
     ids=lambda function: function.__name__,
 )
 def test_no_row_draws_twice_from_a_key(function, start):
     config = tiny.get_config()
     vae = make_vae(config.model, (28, 28, 1), 2)
     families = ("gaussian", "auxiliary")
-    settings = measure.Settings(families=families, curve=(0, 1), ais_start=start, grid=20)
+    settings = Settings(families=families, curve=(0, 1), ais_start=start, grid=20)
     variables, x = jax.eval_shape(vae.init, ROOT), jnp.zeros((28, 28, 1))
+    subject = evaluate.subject_of(vae, "gaussian")
 
     def row(key, variables):
-        return function(key, x, variables, vae=vae, own="gaussian", settings=settings)
+        return function(key, x, variables, subject, settings=settings)
 
     assert not draws_twice(row, ROOT, variables)

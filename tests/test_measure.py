@@ -9,16 +9,17 @@ import pytest
 from models import linear_gaussian
 
 from infsub import config as configs
-from infsub import evaluate, gaps, measure, rows
+from infsub import gaps, rows
 from infsub.datapoints import map_datapoints
+from infsub.measure import AIS, Datapoint, Settings, bounds_of_datapoint, certify_datapoint
 from infsub.types import Gaussian
 
 MODEL = linear_gaussian(latent_dim=3, data_dim=5)
 N = 20
-SETTINGS = measure.Settings(
+SETTINGS = Settings(
     elbo_samples=500,
     iwae_samples=500,
-    ais=measure.AIS(num_chains=8, num_temperatures=20, num_leapfrog=3),
+    ais=AIS(num_chains=8, num_temperatures=20, num_leapfrog=3),
     families=("gaussian", "full_gaussian"),
     max_steps=1000,
 )
@@ -31,11 +32,11 @@ def amortised(x):
 
 def point_of(x):
     q = amortised(x)
-    return measure.Datapoint(MODEL.target(x), q, q, "gaussian")
+    return Datapoint(MODEL.target(x), q, q, "gaussian")
 
 
 def bounds(key, x, *, settings):
-    return measure.bounds_of_datapoint(key, point_of(x), settings)
+    return bounds_of_datapoint(key, point_of(x), settings)
 
 
 def certified(key, _, *, settings):
@@ -43,7 +44,7 @@ def certified(key, _, *, settings):
         z, x = MODEL.simulate(key)
         return z, point_of(x)
 
-    return measure.certify_datapoint(key, simulate, settings)
+    return certify_datapoint(key, simulate, settings)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,11 @@ def columns(xs):
 
 
 def test_the_defaults_are_those_of_the_config():
-    assert evaluate._measured(configs.default().evaluate, 500) == measure.Settings()
+    evaluate = configs.default().evaluate
+    assert configs.measured(evaluate, 500) == Settings()
+    told = dict(configs.flatten(configs.of_settings(Settings())))
+    assert told == {n: v for n, v in configs.flatten(evaluate) if n in told}
+    assert len(told) == 14
 
 
 def test_every_bound_lies_where_its_closed_form_says(xs, columns):

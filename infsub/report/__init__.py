@@ -24,7 +24,10 @@ from infsub.report.runs import LoadedRun, load_run
 from infsub.rows import INFERENCE
 from infsub.types import UserError
 
-__all__ = ["experiment", "join", "report"]
+__all__ = ["bars", "experiment", "join", "report"]
+
+_NO_MATPLOTLIB = "matplotlib is not installed: pip install 'infsub[plots]'"
+_NO_GAPS = "it needs L[q], one L[q*] and IWAE or AIS of every run"
 
 
 def report(workdir: str) -> None:
@@ -84,9 +87,8 @@ def _write(
     title: str = "",
 ) -> None:
     """The tables and figures of runs; prints the table where there is a figure."""
-    table = tables.markdown(runs)
     page = [f"# {title}", ""] if title else []
-    page += [*table, "", *tables.footer(runs), ""]
+    page += [*tables.markdown(runs), "", *tables.footer(runs), ""]
     try:
         out.mkdir(parents=True, exist_ok=True)
         files.write_bytes(out / "table.md", "\n".join(page).encode())
@@ -97,10 +99,7 @@ def _write(
         drawn = [_draw(runs, out, dict(figure), folders) for figure in figures]
     except OSError as error:
         raise UserError(f"{out} cannot be written to ({error.strerror}).") from error
-    print("\n".join(table))
-    for run in runs:
-        for text in (*run.notes, *(flag.text for flag in run.flags)):
-            print(f"{f'{run.name}: ' * (len(runs) > 1)}{text}")
+    print("\n".join(tables.summary(runs)))
     written = ", ".join(["table.md, table.csv, table.tex", *drawn])
     print(f"Wrote {written} in {out}; table.md lists the settings and the datapoints to look at.")
 
@@ -110,13 +109,13 @@ def _draw(
 ) -> str:
     """Writes a figure as PNG and PDF; the names of the files, or a sentence why there are none."""
     if importlib.util.find_spec("matplotlib") is None:
-        return "no figure (matplotlib is not installed: pip install 'infsub[plots]')"
+        return f"no figure ({_NO_MATPLOTLIB})"
     from infsub.report import curves, figures, pictures  # matplotlib takes a second to import
 
     kind = figure.pop("kind")
     match kind:
-        case "bars" if any(INFERENCE.name not in r.lines or not r.families for r in runs):
-            return "no figure (it needs L[q], one L[q*] and IWAE or AIS of every run)"
+        case "bars" if not _have_gaps(runs):
+            return f"no figure ({_NO_GAPS})"
         case "bars":
             name, drawn = "gaps", figures.gap_figure(runs)
         case "steps" if not any(run.curves for run in runs):
@@ -132,6 +131,26 @@ def _draw(
         case _:
             name, drawn = "curves", curves.curve_figure(runs, **figure)
     return figures.write(drawn, out / name)
+
+
+def _have_gaps(runs: Sequence[LoadedRun]) -> bool:
+    return all(INFERENCE.name in run.lines and run.families for run in runs)
+
+
+def bars(runs: Sequence[LoadedRun]) -> Any:
+    """The figure of the gaps, a matplotlib Figure.
+
+    Raises:
+      ValueError: a run has no gaps.
+      ImportError: matplotlib is not installed.
+    """
+    if not _have_gaps(runs):
+        raise ValueError(f"no figure: {_NO_GAPS}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError(_NO_MATPLOTLIB)
+    from infsub.report import figures
+
+    return figures.gap_figure(runs)
 
 
 def _densities(folder: Path) -> dict[str, np.ndarray]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,28 +16,81 @@ _THRESHOLDS = ("min_ess", "max_pareto_k")  # of config.report, for flags
 
 
 class LoadedRun(NamedTuple):
-    """What there is to say of one workdir.
+    """What there is to say of one evaluation of a model.
 
     Attributes:
-      indices: [N], dataset indices of the datapoints that all lines are over.
-      lines: of the table, by name; with the certificate's, which is over simulated datapoints.
-      curves: what local steps leave to gain.
-      families: of local inference; the encoder's own first, where it was evaluated.
+      measured: the rows of all datapoints.
+      found: what the rows say, of the N datapoints where every bound is finite.
+      certificate: what simulated datapoints say.
       data: what the datapoints are of; only runs on the same data are compared.
       settings: config fields by dotted name.
-      flags: datapoints to look at.
-      notes: sentences for the caption.
+      missing: what of the evaluation is not done yet; "" of a whole one.
     """
 
     name: str
-    indices: np.ndarray
-    lines: dict[str, gaps.Line]
-    curves: list[gaps.Curve]
-    families: list[str]
+    measured: rows.Rows
+    found: gaps.Decomposition
+    certificate: gaps.Certificate
     data: str
     settings: dict[str, Any]
-    flags: list[gaps.Flag]
-    notes: list[str]
+    missing: str = ""
+
+    @property
+    def indices(self) -> np.ndarray:
+        """[N], dataset indices of the datapoints that all lines are over."""
+        return self.found.indices
+
+    @property
+    def lines(self) -> dict[str, gaps.Line]:
+        """Of the table, by name; with the certificate's, which is over simulated datapoints."""
+        line = self.certificate.line
+        return self.found.lines | ({} if line is None else {rows.CERTIFICATE.name: line})
+
+    @property
+    def curves(self) -> list[gaps.Curve]:
+        """What local steps leave to gain."""
+        return self.found.curves
+
+    @property
+    def families(self) -> list[str]:
+        """Of local inference; the encoder's own first, where it was evaluated."""
+        return self.found.families
+
+    @property
+    def flags(self) -> list[gaps.Flag]:
+        """Datapoints to look at."""
+        return self.found.flags + self.certificate.flags
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences for the caption."""
+        lacking = [f"Not all is evaluated: {self.missing}."] if self.missing else []
+        return self.found.notes + self.certificate.notes + lacking
+
+
+def decomposed(
+    name: str,
+    measured: Sequence[Mapping[str, Any]],
+    certified: Sequence[Mapping[str, Any]],
+    document: Mapping[str, Any],
+) -> LoadedRun:
+    """The gaps of JSON rows of bounds, and of simulated datapoints where there are any.
+
+    document: the "config", what the rows are "data" of, and what is "missing" of them.
+
+    Raises:
+      ValueError: rows that are none of infsub's, or no datapoint is finite in all bounds.
+    """
+    parsed, config = rows.parse(measured, rows.ELBO), document["config"]
+    own = config.get("model", {}).get("posterior", {}).get("name", "gaussian")
+    thresholds = {k: v for k, v in config.get("report", {}).items() if k in _THRESHOLDS}
+    certificate = gaps.Certificate(None, [], [])
+    if certified:
+        certificate = gaps.certify(rows.parse(certified, rows.LOWER, rows.UPPER))
+    settings = {k: v for k, v in flatten(config) if not k.startswith(("data.dir", "report"))}
+    found = gaps.decompose(parsed, own, **thresholds)
+    data, missing = document["data"], document["missing"]
+    return LoadedRun(name, parsed, found, certificate, data, settings, missing)
 
 
 def load_run(workdir: str, name: str = "") -> LoadedRun:
@@ -47,40 +100,36 @@ def load_run(workdir: str, name: str = "") -> LoadedRun:
       UserError: a file is missing, empty or torn, or no datapoint is finite in all bounds.
     """
     folder = Path(workdir)
-    measured = _read_rows(folder, "rows", rows.ELBO)
-    document = records.read_run(folder, needed=("config",))
-    config = document["config"]
-    own = config.get("model", {}).get("posterior", {}).get("name", "gaussian")
-    thresholds = {k: v for k, v in config.get("report", {}).items() if k in _THRESHOLDS}
+    measured, certified, document = read_folder(folder)
+    name = name or folder.resolve().name
     try:
-        found = gaps.decompose(measured, own, **thresholds)
+        return decomposed(name, measured, certified, document)
     except ValueError as error:
         raise UserError(
             f"{folder / 'rows.jsonl'} has {error}; look at the run's samples and its training curve "
             "before its bounds."
         ) from error
-    certificate = gaps.Certificate(None, [], [])
+
+
+def read_folder(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any]]:
+    """The rows in a run's folder, those of simulated datapoints, and its config.json.
+
+    In the last is what the rows are "data" of, and what of an evaluation is "missing".
+
+    Raises:
+      UserError: a file is missing, empty or torn.
+    """
+    measured = _read_rows(folder, "rows", rows.ELBO)
+    document = records.read_run(folder, needed=("config",))
+    certified = []
     if shards.paths(folder, "bdmc"):
-        certificate = gaps.certify(_read_rows(folder, "bdmc", rows.LOWER, rows.UPPER))
-    lines = found.lines
-    if certificate.line is not None:
-        lines = lines | {rows.CERTIFICATE.name: certificate.line}
+        certified = _read_rows(folder, "bdmc", rows.LOWER, rows.UPPER)
+    config, identified = document["config"], document.get("identified", {})
     evaluation = files.read_json(folder / "evaluation.json") or {}
-    identity = document.get("identified", {}).get("data identity", config.get("data"))
-    missing = records.missing(folder)
-    lacking = [f"Not all is evaluated: {missing}."] if missing else []
-    return LoadedRun(
-        name=name or folder.resolve().name,
-        indices=found.indices,
-        lines=lines,
-        curves=found.curves,
-        families=found.families,
-        # Simulated images are themselves what tells them apart.
-        data=f"{evaluation.get('images', identity)} {config.get('evaluate', {}).get('split')}",
-        settings={k: v for k, v in flatten(config) if not k.startswith(("data.dir", "report"))},
-        flags=found.flags + certificate.flags,
-        notes=found.notes + certificate.notes + lacking,
-    )
+    identity = identified.get("data identity", config.get("data"))
+    # Simulated images are themselves what tells them apart.
+    data = f"{evaluation.get('images', identity)} {config.get('evaluate', {}).get('split')}"
+    return measured, certified, {"data": data, "missing": records.missing(folder)} | document
 
 
 def line_names(runs: Sequence[LoadedRun]) -> list[str]:
@@ -88,12 +137,13 @@ def line_names(runs: Sequence[LoadedRun]) -> list[str]:
     return rows.in_order(name for run in runs for name in run.lines)
 
 
-def _read_rows(folder: Path, stem: str, *required: rows.Quantity) -> rows.Rows:
+def _read_rows(folder: Path, stem: str, *required: rows.Quantity) -> list[dict[str, Any]]:
     """The rows of all shards of an evaluation, all of them but last ones torn by a kill."""
     found, path = shards.read(folder, stem), folder / f"{stem}.jsonl"
     if not found:
         raise UserError(f"{path} is missing or has no complete row; evaluate the run first.")
     try:
-        return rows.parse(found, *required)
+        rows.parse(found, *required)
     except ValueError as error:
         raise UserError(f"{path}: {error}.") from error
+    return found

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from infsub import gaps
+from infsub import files, gaps
 from infsub.report.runs import LoadedRun, line_names
 from infsub.rows import get, label
 
@@ -91,6 +91,27 @@ def _markdown_lines(run: LoadedRun) -> Iterator[str]:
             f"| {label(name)} | {mean.mean:.2f} | {mean.standard_error:.2f} "
             f"| {mean.monte_carlo_error:.2g} | {low:.2f} … {high:.2f} |"
         )
+
+
+def table(runs: Sequence[LoadedRun], format: str) -> str:
+    """The table as "markdown", "latex" or "csv". Raises ValueError for another format."""
+    match format:
+        case "markdown":
+            return "\n".join(markdown(runs))
+        case "latex":
+            return latex(runs)
+        case "csv":
+            return files.csv_text(csv_rows(runs))
+    raise ValueError(f"format must be markdown, latex or csv; got {format!r}")
+
+
+def summary(runs: Sequence[LoadedRun]) -> list[str]:
+    """The Markdown table, and under it what a terminal has room for of notes and flags."""
+    text = markdown(runs)
+    for run in runs:
+        for sentence in (*run.notes, *(flag.text for flag in run.flags)):
+            text.append(f"{f'{run.name}: ' * (len(runs) > 1)}{sentence}")
+    return text
 
 
 def footer(runs: Sequence[LoadedRun]) -> list[str]:

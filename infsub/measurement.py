@@ -1,0 +1,315 @@
+"""From any model and its data to a table: `measure`, `compare`, and what they return.
+
+This is the command line's evaluation and report for a model in one's own program: the same row of a
+datapoint (measure.py), the same gaps (gaps.py), the same tables (report/), and the same files, so
+that `infsub.load` reads a run's folder and `python -m infsub.report` a saved Measurement's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from infsub import config as configs
+from infsub import files, gaps, records, rows, subjects
+from infsub.datapoints import map_datapoints, number_of
+from infsub.keys import Stream, stream
+from infsub.measure import Settings
+from infsub.report import bars, runs, tables
+from infsub.report.runs import LoadedRun
+from infsub.types import Gaussian, Key, Model, Params, UserError
+
+Format = Literal["markdown", "latex", "csv"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Measurement:
+    """What was measured of a model at N datapoints; `print` shows the table, a notebook draws it.
+
+    Attributes:
+      rows: one a datapoint, {column: number}; see infsub.rows.
+      certificate_rows: the same of the datapoints that the model simulated.
+      config: how it was measured, as a run's config has it: model.latent_dim, evaluate.….
+      data: what the datapoints are of; only measurements of the same data are compared.
+      name: in tables of several.
+      missing: what of an evaluation is not done yet; "" of a whole one.
+      xs: the datapoints, a pytree [N, …], or what there is to show of them; None where nothing is.
+    """
+
+    rows: Sequence[Mapping[str, Any]]
+    certificate_rows: Sequence[Mapping[str, Any]] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    data: str = ""
+    name: str = "model"
+    missing: str = ""
+    xs: Any = None
+
+    @cached_property
+    def run(self) -> LoadedRun:
+        """The gaps, their certificate, flags and notes, as tables and figures take them.
+
+        Raises:
+          ValueError: no datapoint is finite in all bounds.
+        """
+        return runs.decomposed(self.name, self.rows, self.certificate_rows, self._document)
+
+    @property
+    def _document(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("name", "config", "data", "missing")}
+
+    @property
+    def gaps(self) -> gaps.Decomposition:
+        """Lines with both errors, notes and flags, over the datapoints that are finite."""
+        return self.run.found
+
+    @property
+    def certificate(self) -> gaps.Certificate | None:
+        """What bidirectional AIS says of AIS; None where no point was certified."""
+        return self.run.certificate if self.certificate_rows else None
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences about the numbers."""
+        return self.run.notes
+
+    @property
+    def flags(self) -> list[gaps.Flag]:
+        """Datapoints to look at, by index."""
+        return self.run.flags
+
+    @property
+    def columns(self) -> dict[str, np.ndarray]:
+        """{column: [N]} of all rows."""
+        return {name: np.array([row[name] for row in self.rows]) for name in self.rows[0]}
+
+    def table(self, format: Format = "markdown") -> str:
+        """The table as Markdown, LaTeX (booktabs) or CSV. Raises ValueError for another format."""
+        return tables.table([self.run], format)
+
+    def figure(self) -> Any:
+        """The bar from L[q] over L[q*] to log p̂, and every datapoint's gaps; a matplotlib Figure.
+
+        Raises:
+          ValueError: no family was optimised locally, so there is no gap to draw.
+          ImportError: matplotlib is not installed.
+        """
+        return bars([self.run])
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes the measurement as a run's folder; `infsub.load` reads it. The folder's path.
+
+        Raises:
+          UserError: there are other rows already.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "rows.jsonl"
+        if path.exists() and files.read_rows(path) != [files.finite(row) for row in self.rows]:
+            raise UserError(f"{path} is another measurement's: give another folder.")
+        document = self._document | {"versions": records.versions()}
+        files.write_json(folder / "config.json", document)
+        if self.certificate_rows:
+            files.rewrite_rows(folder / "bdmc.jsonl", self.certificate_rows)
+        files.rewrite_rows(path, self.rows)
+        return folder
+
+    def __str__(self) -> str:
+        try:
+            return "\n".join(tables.summary([self.run]))
+        except ValueError as error:
+            return f"{self.name}: {error}"
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_markdown_(self) -> str:
+        return "\n".join([*tables.markdown([self.run]), "", *tables.footer([self.run])])
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Comparison:
+    """Measurements side by side; on the same datapoints, their paired differences too.
+
+    Attributes:
+      measurements: by name.
+    """
+
+    measurements: Mapping[str, Measurement]
+
+    @cached_property
+    def runs(self) -> list[LoadedRun]:
+        """One a measurement, by its name here."""
+        return [m.run._replace(name=name) for name, m in self.measurements.items()]
+
+    def table(self, format: Format = "markdown") -> str:
+        """A column for each as Markdown or LaTeX, a row for each and line as CSV."""
+        return tables.table(self.runs, format)
+
+    def figure(self) -> Any:
+        """A bar for each from L[q] over L[q*] to log p̂; a matplotlib Figure. Raises as one's own."""
+        return bars(self.runs)
+
+    def __str__(self) -> str:
+        return "\n".join(tables.summary(self.runs))
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_markdown_(self) -> str:
+        return "\n".join([*tables.markdown(self.runs), "", *tables.footer(self.runs)])
+
+
+def measure(
+    key: Key,
+    model: Model,
+    params: Params,
+    xs: Any,
+    *,
+    families: Sequence[str] = ("gaussian",),
+    num_certified: int = 0,
+    block_size: int | None = None,
+    progress: bool = True,
+    settings: Settings | None = None,
+    own: str | None = None,
+    indices: Any = None,
+    labels: Any = None,
+    images: Any = None,
+    name: str = "model",
+) -> Measurement:
+    """Where a model's inference loses its nats, datapoint by datapoint, with its errors.
+
+    inference gap = (log p̂(x) − L[q*]) + (L[q*] − L[q]) = approximation + amortization gap
+    (Cremer, Li & Duvenaud 2018, arXiv 1801.03558, section 3); see infsub.gaps.
+
+    Args:
+      key: of the whole measurement; a datapoint's is folded from it and its index.
+      model: a Model, functions of ONE datapoint; z is flat [D].
+      params: of the model's functions.
+      xs: a pytree of arrays [N, …], covariates included.
+      families: of local inference, names in `posteriors.FAMILIES`; (): none, and no split of the gap.
+      num_certified: datapoints that the model simulates to certify AIS on from both sides; it needs
+        sample_x, and sample_prior where there is a log_prior.
+      block_size: datapoints at a time, at most; None: as the device likes.
+      progress: draw a bar on stderr.
+      settings: numbers of samples, temperatures and so on; all but its families.
+      own: name of the encoder's family where encode gives a sampler; a Gaussian says it itself.
+      indices: [N], what the datapoints are called in tables, and what keys them; None is 0 … N−1.
+      labels: [N], classes, for the page.
+      images: [N, H, W] or [N, H, W, C], to be shown for the datapoints; None: xs where it is image-like.
+      name: in a table of several.
+
+    Returns:
+      Measurement.
+
+    Raises:
+      ValueError: sizes that do not agree, an unknown family, or num_certified of a model that cannot
+        simulate; as the estimators.
+      TypeError: a density that returns no scalar; encode returns no q.
+    """
+    settings = (settings or Settings())._replace(families=tuple(families))
+    subject = subjects.of_model(model)
+    if num_certified and subject.simulate is None:
+        raise ValueError(
+            "num_certified needs a model that simulates: give it sample_x, and sample_prior where it "
+            "has a log_prior"
+        )
+    num_points = number_of(xs)
+    indices = np.arange(num_points) if indices is None else np.asarray(indices)
+    labels = [None] * num_points if labels is None else np.asarray(labels).tolist()
+    if not isinstance(labels, list) or len(labels) != num_points:
+        raise ValueError(f"labels must have shape [N={num_points}]; got {labels!r}")
+    own = own or _own(model, params, xs)
+    num_chains = settings.ais.num_chains
+    block_size, chunk_size = subjects.sizes(num_points, num_chains, block_size or 0)
+    settings = settings._replace(chunk_size=chunk_size)
+
+    def mapped(function: Any, label: str, number: Stream, xs: Any, indices: Any) -> list[Any]:
+        shown = files.Progress(len(indices), label, unit="datapoint") if progress else None
+        columns = map_datapoints(
+            function,
+            stream(key, number),
+            xs,
+            params,
+            subject,
+            static={"settings": settings},
+            block_size=block_size,
+            indices=indices,
+            progress=shown and (lambda done, _: shown.update(done)),
+        )
+        if shown:
+            shown.close()
+        return rows.to_json({rows.INDEX: indices} | columns)
+
+    measured = mapped(subjects.bounds, "measuring", Stream.ROWS, xs, indices)
+    for row, label in zip(measured, labels, strict=True):
+        row |= {} if label is None else {rows.LABEL: label}
+    certified = []
+    if num_certified:
+        chosen = np.arange(num_certified)
+        covariates = jax.tree.map(lambda leaf: np.asarray(leaf)[chosen % num_points], xs)
+        certified = mapped(
+            subjects.certificate, "certifying", Stream.CERTIFICATE, covariates, chosen
+        )
+    config = {
+        "model": {"latent_dim": model.latent_dim, "posterior": {"name": own}},
+        "evaluate": configs.of_settings(settings) | {"bdmc": {"num_points": num_certified}},
+    }
+    shown = xs if images is None else images
+    return Measurement(measured, certified, config, _identity(xs), name, xs=shown)
+
+
+def _own(model: Model, params: Params, xs: Any) -> str:
+    """The family of the encoder's q, where it is Gaussian; "" where nothing is known of it."""
+    first = jax.tree.map(lambda leaf: leaf[0], xs)
+    q = jax.eval_shape(partial(_scale, model), params, first)
+    return {1: "gaussian", 2: "full_gaussian"}.get(q.ndim, "")
+
+
+def _scale(model: Model, params: Params, x: Any) -> Any:
+    q = model.encode(params, x)
+    return q.scale if isinstance(q, Gaussian) else np.zeros(())
+
+
+def _identity(xs: Any) -> str:
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(xs):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{array.dtype} {array.shape}".encode())
+        digest.update(array.data)
+    return digest.hexdigest()[:16]
+
+
+def compare(measurements: Mapping[str, Measurement]) -> Comparison:
+    """Measurements side by side: `compare({"FFG": infsub.measure(…), "planar": infsub.measure(…)})`.
+
+    Raises:
+      TypeError: it is no dict of Measurements.
+      ValueError: it is empty.
+    """
+    if not isinstance(measurements, Mapping) or not all(
+        isinstance(m, Measurement) for m in measurements.values()
+    ):
+        raise TypeError("compare takes {name: Measurement, …}, what infsub.measure returns")
+    if not measurements:
+        raise ValueError("compare needs at least one Measurement; got none")
+    return Comparison(dict(measurements))
+
+
+def load(folder: str | Path) -> Measurement:
+    """A Measurement that was saved, or the evaluation in a run's folder.
+
+    Raises:
+      UserError: there is none, or a file is torn.
+    """
+    folder = Path(folder)
+    measured, certified, document = runs.read_folder(folder)
+    told = {name: document[name] for name in ("config", "data", "missing")}
+    name = document.get("name", folder.resolve().name)
+    return Measurement(measured, certified, **told, name=name)

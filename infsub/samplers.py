@@ -1,0 +1,92 @@
+"""Any q as a function key -> (z [D], log_q []): a Gaussian, a function, or another library's object."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from infsub import densities
+from infsub.types import Array, Gaussian, Key, Posterior, Sampler, as_partial
+
+_WANTED = (
+    "q must be infsub.Gaussian(mean [D], scale [D]), a function key -> (z [D], log_q []), or a "
+    "distribution with sample_and_log_prob(seed=…) or sample(key) and log_prob(z); got "
+)
+
+
+def as_sampler(q: Gaussian | Sampler | Any) -> Partial:
+    """`q` as a function key -> (z [D], log_q []), its arrays all arguments.
+
+    q may be a distribution object: one with sample_and_log_prob(seed=…), such as distrax's, with
+    TFP's experimental_sample_and_log_prob, or with NumPyro's sample(key) and log_prob(z). It is of
+    the whole z: of D independent coordinates make one, as with NumPyro's `to_event(1)`. Make it
+    inside the function of one datapoint, for most such objects do not go through vmap.
+
+    Raises:
+      TypeError: q is none of these.
+      ValueError: a Gaussian whose shapes do not fit.
+    """
+    if isinstance(q, Gaussian):
+        densities.check_gaussian(q)
+        return Partial(densities.sample_gaussian, q=q)
+    if isinstance(q, Posterior):
+        raise TypeError(
+            f"{_WANTED}a Posterior, which samples by params: write posteriors.sampler(posterior, params)"
+        )
+    if hasattr(q, "sample_and_log_prob"):
+        return _bound(_sample_object, q)
+    if hasattr(q, "experimental_sample_and_log_prob"):
+        return _bound(_sample_tfp, q)
+    if hasattr(q, "sample") and hasattr(q, "log_prob"):
+        return _bound(_sample_numpyro, q)
+    if not callable(q):
+        hint = ": write infsub.Gaussian(mean, scale)" if isinstance(q, tuple | list) else ""
+        raise TypeError(f"{_WANTED}{type(q).__name__}{hint}")
+    return as_partial(q)
+
+
+def draw(q: Sampler, key: Key, latent_dim: int) -> tuple[Array, Array]:
+    """One draw of q, (z [D], log_q []).
+
+    Raises:
+      ValueError: z is not of shape [latent_dim].
+      TypeError: q returns no pair, or log_q is no scalar.
+    """
+    drawn = q(key)
+    if not isinstance(drawn, tuple | list) or len(drawn) != 2:
+        raise TypeError(f"q must return (z [D], log_q []) for a key; got {type(drawn).__name__}")
+    z, log_q = drawn
+    if jnp.shape(z) != (latent_dim,):
+        raise ValueError(
+            f"q must sample z of shape [{latent_dim}], the latent_dim; got {jnp.shape(z)}"
+        )
+    if jnp.shape(log_q) != ():
+        raise TypeError(
+            f"q must give log_q as a scalar, the log density of the whole z [D={latent_dim}]; got "
+            f"shape {jnp.shape(log_q)}: sum over z's coordinates (NumPyro: .to_event(1); distrax and "
+            "TFP: Independent or MultivariateNormalDiag)"
+        )
+    return z, log_q
+
+
+def _bound(sample: Any, q: Any) -> Partial:
+    """`sample` with q bound as arguments; q itself where it is no pytree, and can be none."""
+    opaque = any(leaf is q for leaf in jax.tree.leaves(q))
+    return Partial(partial(sample, q)) if opaque else Partial(sample, q)
+
+
+def _sample_object(q: Any, key: Key) -> tuple[Array, Array]:
+    return q.sample_and_log_prob(seed=key)
+
+
+def _sample_tfp(q: Any, key: Key) -> tuple[Array, Array]:
+    return q.experimental_sample_and_log_prob(seed=key)
+
+
+def _sample_numpyro(q: Any, key: Key) -> tuple[Array, Array]:
+    z = q.sample(key)
+    return z, q.log_prob(z)

@@ -1,0 +1,101 @@
+"""What is measured: any latent-variable model, as two functions of one datapoint.
+
+A VAE of a config's is one subject, a `Model` of a user's another; what is mapped over a data set is
+the same for both. A Subject is a pytree: its arrays travel as arguments, its code is compiled for.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+from jax.tree_util import Partial
+
+from infsub import posteriors
+from infsub.keys import named
+from infsub.measure import (
+    Datapoint,
+    Settings,
+    bounds_of_datapoint,
+    certify_datapoint,
+    densities_of_datapoint,
+)
+from infsub.pairs import draw_prior
+from infsub.samplers import as_sampler
+from infsub.types import Array, Gaussian, Key, Model, Params
+
+# Rows (datapoints × samples) a dispatch works on: what fits a CPU's caches, or fills a GPU.
+_ROWS = {"cpu": 320}
+_ROWS_ACCELERATOR = 16_000
+
+
+class Subject(NamedTuple):
+    """A model as `measure` sees it.
+
+    Attributes:
+      describe: (key, params, x) -> Datapoint; the key is for the moments of a q that is no Gaussian.
+      simulate: (key, params, x) -> (z [D], x), a draw of p(z) p(x|z), covariates taken from the x
+        given; None where the model cannot.
+    """
+
+    describe: Partial
+    simulate: Partial | None
+
+
+def of_model(model: Model) -> Subject:
+    """A user's model as a subject; it simulates where it has sample_x, and sample_prior if it needs."""
+    can = model.sample_x is not None and (model.log_prior is None or model.sample_prior is not None)
+    return Subject(Partial(_describe, model), Partial(_simulate, model) if can else None)
+
+
+def _describe(model: Model, key: Key, params: Params, x: Any) -> Datapoint:
+    q = model.encode(params, x)
+    if isinstance(q, Gaussian):
+        own = "gaussian" if q.scale.ndim < 2 else "full_gaussian"
+        return Datapoint(model.target(params, x), q, q, own)
+    draw = as_sampler(q)
+    return Datapoint(model.target(params, x), draw, posteriors.moment_matched(key, draw), "")
+
+
+def _simulate(model: Model, key: Key, params: Params, x: Any) -> tuple[Array, Any]:
+    key_z, key_x = jax.random.split(key)
+    z = draw_prior(key_z, model, params, x)
+    return z, model.sample_x(key_x, params, z, x)  # pyright: ignore[reportOptionalCall]
+
+
+def bounds(
+    key: Key, x: Any, params: Params, subject: Subject, *, settings: Settings
+) -> dict[str, Array]:
+    """The row of bounds of the subject at x: `measure.bounds_of_datapoint`."""
+    return bounds_of_datapoint(key, subject.describe(named(key, "moments"), params, x), settings)
+
+
+def densities(
+    key: Key, x: Any, params: Params, subject: Subject, *, settings: Settings
+) -> dict[str, Array]:
+    """Of the q and q* of that row, where z is a plane: `measure.densities_of_datapoint`."""
+    return densities_of_datapoint(key, subject.describe(named(key, "moments"), params, x), settings)
+
+
+def certificate(
+    key: Key, x: Any, params: Params, subject: Subject, *, settings: Settings
+) -> dict[str, Array]:
+    """The two-sided bounds of an x that the subject simulates; the x given has the covariates."""
+
+    def simulated(key: Key) -> tuple[Array, Datapoint]:
+        key_model, key_q = jax.random.split(key)
+        z, drawn = subject.simulate(key_model, params, x)  # pyright: ignore[reportOptionalCall]
+        return z, subject.describe(key_q, params, drawn)
+
+    return certify_datapoint(key, simulated, settings)
+
+
+def sizes(num_points: int, num_chains: int, block_size: int = 0) -> tuple[int, int]:
+    """Datapoints a dispatch, in blocks of equal size, and the samples of each at a time.
+
+    block_size: an upper limit; 0: what the device likes.
+    """
+    rows = _ROWS.get(jax.default_backend(), _ROWS_ACCELERATOR)
+    block_size = block_size or max(1, rows // num_chains)
+    block_size = -(-num_points // -(-num_points // block_size))
+    return block_size, max(1, rows // block_size)

@@ -1,0 +1,140 @@
+"""From a model of one's own to a table: `measure`, `compare`, `load`."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+import jax
+import numpy as np
+import pytest
+from models import linear_gaussian, own_model
+
+import infsub
+from infsub.report.runs import load_run
+from infsub.rows import label
+from infsub.types import UserError
+
+KNOWN = linear_gaussian(latent_dim=3, data_dim=5)
+MODEL = own_model(KNOWN)
+N = 12
+SETTINGS = infsub.Settings(
+    elbo_samples=500,
+    iwae_samples=500,
+    ais=infsub.AIS(num_chains=8, num_temperatures=20, num_leapfrog=3),
+    max_steps=500,
+)
+KEY = jax.random.key(1)
+
+
+@pytest.fixture(scope="module")
+def xs():
+    return np.asarray(jax.vmap(KNOWN.simulate)(jax.random.split(jax.random.key(0), N))[1])
+
+
+@pytest.fixture(scope="module")
+def measured(xs):
+    return infsub.measure(
+        KEY,
+        MODEL,
+        KNOWN,
+        xs,
+        num_certified=4,
+        settings=SETTINGS,
+        labels=np.arange(N) % 3,
+        progress=False,
+        name="own",
+    )
+
+
+def test_gaps_of_a_users_model_are_those_of_the_closed_form(measured, xs):
+    kl = jax.vmap(lambda x: KNOWN.kl(x, MODEL.encode(KNOWN, x)))(xs)
+    best = jax.vmap(lambda x: KNOWN.kl(x, KNOWN.best_gaussian(x)))(xs)
+    want = {
+        "approximation_gap_gaussian": best,
+        "amortization_gap_gaussian": kl - best,
+        "inference_gap": kl,
+    }
+    for name, values in want.items():
+        mean = measured.gaps.lines[name].mean
+        error = 4 * mean.monte_carlo_error + 0.01
+        assert mean.mean == pytest.approx(float(np.mean(values)), abs=error), name
+    assert measured.gaps.families == ["gaussian"]  # encode's own, by the shape of its scale
+    assert measured.certificate.line.mean.num_datapoints == 4
+    assert measured.columns["label"].tolist() == (np.arange(N) % 3).tolist()
+
+
+def test_a_datapoint_has_its_numbers_whatever_is_measured_beside_it(measured, xs):
+    some = [7, 2]
+    again = infsub.measure(
+        KEY,
+        MODEL,
+        KNOWN,
+        xs[some],
+        indices=some,
+        settings=SETTINGS,
+        block_size=1,
+        progress=False,
+    )
+    for name in ("elbo", "iwae", "ais", "local_gaussian"):
+        np.testing.assert_allclose(again.columns[name], measured.columns[name][some], atol=1e-4)
+
+
+def test_the_table_in_its_forms(measured):
+    lines = measured.table("csv").splitlines()
+    gap = {row["quantity"]: row for row in csv.DictReader(io.StringIO("\n".join(lines)))}
+    mean = measured.gaps.lines["inference_gap"].mean
+    assert float(gap["inference_gap"]["mean"]) == mean.mean
+    assert r"\begin{tabular}" in measured.table("latex")
+    assert measured.table().splitlines() == str(measured).splitlines()[: len(lines) + 1]
+    assert f"| inference gap | {mean.mean:.2f} |" in measured._repr_markdown_()
+    assert "On simulated data the AIS bound is within" in str(measured)
+    assert "evaluate.ais.num_chains=8" in measured._repr_markdown_()
+    with pytest.raises(ValueError, match="markdown, latex or csv; got 'html'"):
+        measured.table("html")
+    assert len(measured.figure().axes) == 2
+
+
+def test_what_is_saved_is_a_runs_folder(measured, tmp_path):
+    folder = measured.save(tmp_path / "own")
+    again = infsub.load(folder)
+    assert str(again) == str(measured)
+    assert load_run(str(folder)).data == measured.data
+    np.testing.assert_array_equal(again.columns["label"], measured.columns["label"])
+    measured.save(folder)  # the same again is no mistake
+    other = infsub.Measurement(measured.rows[:3], config=measured.config)
+    with pytest.raises(UserError, match="another measurement's: give another folder"):
+        other.save(folder)
+    with pytest.raises(UserError, match=r"rows\.jsonl is missing"):
+        infsub.load(tmp_path)
+
+
+def test_models_side_by_side(measured, xs):
+    settings = SETTINGS._replace(elbo_samples=2000)
+    better = infsub.measure(
+        KEY, own_model(KNOWN, shift=0.0), KNOWN, xs, settings=settings, progress=False
+    )
+    both = infsub.compare({"off": measured, "near": better})
+    table = both.table()
+    assert "| nats | off | near |" in table
+    (gap,) = [line for line in table.splitlines() if line.startswith("| inference gap ")]
+    assert gap.split(" | ")[2].startswith("**")  # the smaller one, paired
+    assert f"| {label('elbo')} |" in table
+    assert "off: log p̂ is AIS" in str(both)
+    assert len(both.figure().axes) == 1
+    with pytest.raises(TypeError, match=r"\{name: Measurement"):
+        infsub.compare([measured])
+    with pytest.raises(ValueError, match="at least one"):
+        infsub.compare({})
+
+
+def test_mistakes_are_told_in_a_sentence(xs):
+    def measure(model=MODEL, **options):
+        return infsub.measure(KEY, model, KNOWN, xs, progress=False, **options)
+
+    with pytest.raises(ValueError, match="num_certified needs a model that simulates"):
+        measure(MODEL._replace(sample_x=None), num_certified=2)
+    with pytest.raises(ValueError, match=r"labels must have shape \[N=12\]"):
+        measure(labels=[1, 2])
+    with pytest.raises(ValueError, match="unknown posterior 'gauss'"):
+        measure(families=["gauss"])
