@@ -1,0 +1,140 @@
+"""Posteriors of several modes: what each start finds, what says that it missed one, and what cannot.
+
+z is a plane, so log p(x) is known by quadrature.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.tree_util import Partial
+
+import infsub
+from infsub import densities, gaps, grids, measure, rows
+from infsub.types import Gaussian, Target
+
+APART = 2.0  # of each mode from 0: with 0.15 between two temperatures of 25, no chain crosses
+NUM_POINTS = 40
+NARROW, WIDE = 0.15, jnp.asarray([2.5, 0.3])
+
+
+def two_modes(x, z):
+    """log p(x|z) of x, a noisy sight of (|z_1|, z_2): its sign is lost, so p(z|x) has two modes."""
+    return densities.normal(x, jnp.stack([jnp.abs(z[0]), z[1]]), NARROW)
+
+
+def target_of(x):
+    return Target(None, Partial(two_modes, x), 2)
+
+
+def simulate(key):
+    """(z, x) with both modes well apart."""
+    key_z, key_sign, key_x = jax.random.split(key, 3)
+    z = jnp.asarray([APART, 0.0]) + 0.1 * jax.random.normal(key_z, (2,))
+    z = z.at[0].multiply(jax.random.rademacher(key_sign, (), z.dtype))
+    noise = NARROW * jax.random.normal(key_x, (2,))
+    return z, jnp.stack([jnp.abs(z[0]), z[1]]) + noise
+
+
+def start_of(name, target, x):
+    match name:
+        case "prior":
+            return None
+        case "laplace":
+            return infsub.laplace(target, x)
+        case "one mode":  # an encoder that has seen one of them
+            return Gaussian(x, jnp.full(2, NARROW))
+        case "both modes":
+            return Gaussian(x * jnp.asarray([0.0, 1.0]), WIDE)
+    raise ValueError(name)
+
+
+@pytest.fixture(scope="module")
+def found():
+    """Excess over log p(x) [N] and ESS [N] of AIS by its start, and of IWAE from a wide q."""
+
+    def one(key, _):
+        x = simulate(jax.random.fold_in(key, 0))[1]
+        target = target_of(x)
+        truth = grids.log_px(target, 200).log_px
+        columns = {}
+        for name in ("prior", "laplace", "one mode", "both modes"):
+            estimate = infsub.ais(key, target, start_of(name, target, x), 32, 50, 5)
+            columns[name] = estimate.log_px - truth, estimate.ess
+        witness = infsub.iwae(key, target, start_of("both modes", target, x), 2000)
+        return columns | {"iwae": (witness.log_px - truth, witness.ess)}
+
+    columns = infsub.map_datapoints(one, jax.random.key(0), np.arange(NUM_POINTS))
+    return {name: (excess, ess) for name, (excess, ess) in columns.items()}
+
+
+@pytest.mark.parametrize("name", ["prior", "both modes"])
+def test_a_start_that_covers_both_finds_both(found, name):
+    excess, _ = found[name]
+    ratios = np.exp(excess)  # E[w] / p(x) = 1
+    assert abs(ratios.mean() - 1) < 3 * ratios.std(ddof=1) / np.sqrt(NUM_POINTS)
+    assert abs(excess.mean()) < 0.1
+
+
+@pytest.mark.parametrize("name", ["laplace", "one mode"])
+def test_a_start_at_one_of_two_modes_misses_log_2_and_its_weights_do_not_say(found, name):
+    """What stays invisible to ESS: the chains agree, on half of the posterior."""
+    excess, ess = found[name]
+    np.testing.assert_allclose(excess, -np.log(2), atol=0.1)
+    assert ess.min() > 0.8 * 32
+
+
+def test_two_starts_that_disagree_say_it(found):
+    for name in ("prior", "both modes"):
+        gain = found[name][0] - found["laplace"][0]
+        assert gain.mean() > 5 * gain.std(ddof=1) / np.sqrt(NUM_POINTS)
+
+
+def test_a_second_witness_says_it(found):
+    """IWAE of a q that covers both lies above AIS: the table says so, and names the datapoints."""
+    columns = {}
+    for name, value in (("elbo", found["laplace"][0] - 1), ("ais", found["laplace"][0])):
+        columns[name] = rows.Column(value, np.full(NUM_POINTS, 0.02))
+    columns["iwae"] = rows.Column(found["iwae"][0], np.full(NUM_POINTS, 0.05))
+    decomposition = gaps.decompose(rows.Rows(np.arange(NUM_POINTS), columns))
+    assert any("IWAE exceeds log p̂" in note for note in decomposition.notes)
+    (flag,) = [flag for flag in decomposition.flags if "IWAE above log p̂" in flag.text]
+    assert len(flag.indices) == NUM_POINTS
+
+
+def test_the_certificate_says_it():
+    """Half of the simulated z lie in the other mode, whence reverse AIS does not come home."""
+
+    def one(key, _):
+        def simulated(key):
+            z, x = simulate(key)
+            base = Gaussian(x, jnp.full(2, NARROW))
+            return z, measure.Datapoint(target_of(x), base, base, "gaussian")
+
+        settings = measure.Settings(ais_start="laplace")
+        return measure.certify_datapoint(key, simulated, settings)
+
+    columns = infsub.map_datapoints(one, jax.random.key(1), np.arange(NUM_POINTS))
+    gap = columns["gap"]
+    assert gap.mean() - 3 * gap.std(ddof=1) / np.sqrt(NUM_POINTS) > 1.0
+
+
+def test_the_prior_is_a_start_the_command_has():
+    """What to do then: the same points with ais.start=prior."""
+
+    def one(key, _, start):
+        x = simulate(jax.random.fold_in(key, 0))[1]
+        base = Gaussian(x, jnp.full(2, NARROW))
+        point = measure.Datapoint(target_of(x), base, base, "gaussian")
+        settings = measure.Settings(
+            ais=measure.AIS(num_temperatures=50), ais_start=start, families=()
+        )
+        row = measure.bounds_of_datapoint(key, point, settings)
+        return row["ais"] - grids.log_px(point.target, 200).log_px
+
+    for start, expected in (("prior", 0.0), ("laplace", -np.log(2))):
+        static = {"start": start}
+        excess = infsub.map_datapoints(one, jax.random.key(2), np.arange(10), static=static)
+        np.testing.assert_allclose(np.mean(excess), expected, atol=0.15)
