@@ -111,6 +111,13 @@ def _evaluate(
 
         _write_rows(folder, "bdmc", shard, "certifying", simulated, block_size, bounded)
     bad = _not_finite(indices, written)
+    if not (folder / records.IMAGES).exists():
+        blocks = np.split(indices, range(block_size, len(indices), block_size))
+        shown = [
+            (images(block) * (255 / (dataset.levels - 1))).astype(np.uint8) for block in blocks
+        ]
+        arrays = {"indices": indices, "images": np.concatenate(shown)}
+        files.write_npz(folder / records.IMAGES, arrays)
     if not settings.grid or (folder / records.POSTERIORS).exists():
         return bad
     everything = shards.read(folder, "rows")
@@ -212,7 +219,8 @@ def _claim(
     if settings.name:
         folder.mkdir(exist_ok=True)
     if before != used:  # what is left of an evaluation whose rows were removed
-        for path in (folder / records.POSTERIORS, *shards.paths(folder, "bdmc")):
+        left = [folder / name for name in (records.POSTERIORS, records.IMAGES)]
+        for path in (*left, *shards.paths(folder, "bdmc")):
             path.unlink(missing_ok=True)
     run |= {"config": run["config"] | {"evaluate": settings.to_dict()}}
     files.write_json(folder / "config.json", run)

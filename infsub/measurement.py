@@ -22,7 +22,7 @@ from infsub import files, gaps, records, rows, subjects
 from infsub.datapoints import map_datapoints, number_of
 from infsub.keys import Stream, stream
 from infsub.measure import Settings
-from infsub.report import bars, runs, tables
+from infsub.report import bars, page, runs, tables
 from infsub.report.runs import LoadedRun
 from infsub.types import Gaussian, Key, Model, Params, UserError
 
@@ -101,6 +101,23 @@ class Measurement:
           ImportError: matplotlib is not installed.
         """
         return bars([self.run])
+
+    def page(self, path: str | Path) -> Path:
+        """Writes one file for a browser: the table, the figure, and every datapoint to sort and filter.
+
+        See infsub.report.page. The file's path.
+
+        Raises:
+          OSError: nothing can be written there.
+        """
+        page.write(path, self.run, self._shown())
+        return Path(path)
+
+    def _shown(self) -> Any:
+        """What there is to show of the datapoints, in the order of the run's rows."""
+        place = {row[rows.INDEX]: n for n, row in enumerate(self.rows)}
+        chosen = [place[index] for index in self.run.measured.indices.tolist()]
+        return jax.tree.map(lambda leaf: np.asarray(leaf)[chosen], self.xs)
 
     def save(self, folder: str | Path) -> Path:
         """Writes the measurement as a run's folder; `infsub.load` reads it. The folder's path.

@@ -24,6 +24,7 @@ from infsub.types import UserError
 TRACES = ("checkpoints", "metrics.jsonl", "rows.jsonl", "table.md", "seed_0")  # that a run leaves
 POSTERIORS = "posteriors.npz"  # the densities that an evaluation with a grid leaves
 NUM_POINTS = "num_points"  # in evaluation.json: how many datapoints the evaluation is of
+IMAGES = "images.npz"  # the evaluated datapoints, for the report's page
 FACTS = ("config", "identity", "identified", "image_shape", "levels", "steps_per_epoch")
 PACKAGES = ("infsub", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "distrax")
 

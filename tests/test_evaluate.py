@@ -95,9 +95,17 @@ def test_rows(trained):
         np.testing.assert_allclose(row["gap"], row["upper"] - row["lower"], atol=1e-4)
 
 
+def test_the_images_of_the_rows_are_kept(trained):
+    with np.load(trained / "images.npz") as kept:
+        indices, images = kept["indices"], kept["images"]
+    assert indices.tolist() == [row["index"] for row in files.read_rows(trained / "rows.jsonl")]
+    want = data.batch(data.load("mnist5k").train.images, indices)
+    np.testing.assert_array_equal(images, 255 * np.asarray(want))
+
+
 def test_all_is_done(workdir):
     before = {path: path.read_bytes() for path in workdir.glob("*.[jn]*")}
-    assert {"rows.jsonl", "posteriors.npz"} <= {path.name for path in before}
+    assert {"rows.jsonl", "posteriors.npz", "images.npz"} <= {path.name for path in before}
     assert again(workdir) == []
     assert {path: path.read_bytes() for path in before} == before
 
@@ -122,7 +130,7 @@ def sharded(workdir, shard, **fields):
 @pytest.fixture
 def bare(workdir):
     """A run that is trained, and nothing more."""
-    for name in ("rows.jsonl", "bdmc.jsonl", "posteriors.npz", "evaluation.json"):
+    for name in ("rows.jsonl", "bdmc.jsonl", "posteriors.npz", "images.npz", "evaluation.json"):
         (workdir / name).unlink()
     return workdir
 

@@ -22,7 +22,7 @@ from infsub.rows import in_order
 from infsub.types import UserError
 
 N = 40
-FILES = ("table.md", "table.csv", "table.tex", "gaps.png", "gaps.pdf")
+FILES = ("table.md", "table.csv", "table.tex", "gaps.png", "gaps.pdf", "report.html")
 
 
 def make_run(
@@ -297,7 +297,7 @@ def test_join_writes_one_table_and_one_figure(tmp_path, capsys):
     out = tmp_path / "new" / "tables"
     arguments = ["--workdirs", str(tmp_path / "runs_1/ffg"), f"100% AF_2={tmp_path / 'af'}"]
     assert command.main([*arguments, "--out", str(out)]) == 0
-    assert sorted(p.name for p in out.iterdir()) == sorted(FILES)
+    assert sorted(p.name for p in out.iterdir()) == sorted(FILES[:-1])  # a page is of one run
     page = (out / "table.md").read_text()
     assert "| nats | ffg | 100% AF_2 |" in page
     assert re.search(r"\| AIS \| -\d+\.\d+\(\d+\) \| \*\*-\d+\.\d+\(\d+\)\*\* \|", page)
@@ -549,7 +549,7 @@ def test_posteriors_are_files_of_the_report(tmp_path, capsys):
     make_run(tmp_path)
     files.write_npz(tmp_path / "posteriors.npz", densities())
     reports.report(str(tmp_path))
-    assert ", posteriors.png, posteriors.pdf in" in capsys.readouterr().out
+    assert ", posteriors.png, posteriors.pdf, report.html in" in capsys.readouterr().out
     image = Image.open(io.BytesIO((tmp_path / "posteriors.png").read_bytes()))
     assert image.width == pytest.approx(6.75 * 300, abs=1)
     assert (tmp_path / "posteriors.pdf").read_bytes().startswith(b"%PDF")
@@ -558,6 +558,7 @@ def test_posteriors_are_files_of_the_report(tmp_path, capsys):
     same = (out / "posteriors.png").read_bytes()
     assert same == (tmp_path / "posteriors.png").read_bytes()
     assert not (out / "gaps.png").exists()
+    assert not (out / "report.html").exists()
     whole = (tmp_path / "posteriors.npz").read_bytes()
     for torn in (whole[:1000], b""):
         (tmp_path / "posteriors.npz").write_bytes(torn)

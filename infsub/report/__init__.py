@@ -1,4 +1,4 @@
-"""Tables and figures from the rows of one or several runs; nothing else is read.
+"""Tables, figures and a page from the rows of one or several runs; nothing is computed anew.
 
 A run is its `rows.jsonl`, `config.json` and, where there is one, `bdmc.jsonl`. All numbers of a run
 are over the same datapoints, those where every bound is finite; the others are named. Two runs are
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from infsub import files, records
-from infsub.report import tables
+from infsub.report import page, tables
 from infsub.report.runs import LoadedRun, load_run
 from infsub.rows import INFERENCE
 from infsub.types import UserError
@@ -31,9 +31,9 @@ _NO_GAPS = "it needs L[q], one L[q*] and IWAE or AIS of every run"
 
 
 def report(workdir: str) -> None:
-    """Writes table.md, .csv, .tex and gaps.png, .pdf of one run into its workdir; prints the table.
+    """Writes table.md, .csv, .tex, gaps.png, .pdf and report.html of one run into its workdir.
 
-    Where evaluate.grid has left densities, posteriors.png and .pdf too.
+    Prints the table. Where evaluate.grid has left densities, posteriors.png and .pdf too.
 
     Raises:
       UserError: there are no rows, or they cannot be read, or nothing can be written there.
@@ -87,16 +87,18 @@ def _write(
     title: str = "",
 ) -> None:
     """The tables and figures of runs; prints the table where there is a figure."""
-    page = [f"# {title}", ""] if title else []
-    page += [*tables.markdown(runs), "", *tables.footer(runs), ""]
+    text = [f"# {title}", ""] if title else []
+    text += [*tables.markdown(runs), "", *tables.footer(runs), ""]
     try:
         out.mkdir(parents=True, exist_ok=True)
-        files.write_bytes(out / "table.md", "\n".join(page).encode())
+        files.write_bytes(out / "table.md", "\n".join(text).encode())
         files.write_csv(out / "table.csv", tables.csv_rows(runs))
         files.write_bytes(out / "table.tex", tables.latex(runs).encode())
         if not figures:
             return
         drawn = [_draw(runs, out, dict(figure), folders) for figure in figures]
+        if folders.get("") == out:  # of one run, in its own folder
+            drawn.append(_write_page(runs[0], out))
     except OSError as error:
         raise UserError(f"{out} cannot be written to ({error.strerror}).") from error
     print("\n".join(tables.summary(runs)))
@@ -123,7 +125,9 @@ def _draw(
         case "steps":
             name, drawn = "curves", curves.step_figure(runs)
         case "posteriors":
-            densities = {cell: _densities(folder) for cell, folder in folders.items()}
+            densities = {
+                cell: _arrays(folder / records.POSTERIORS) for cell, folder in folders.items()
+            }
             densities = {cell: arrays for cell, arrays in densities.items() if arrays}
             if not densities:
                 return "no figure (it needs config.evaluate.grid, and points with finite bounds)"
@@ -153,9 +157,19 @@ def bars(runs: Sequence[LoadedRun]) -> Any:
     return figures.gap_figure(runs)
 
 
-def _densities(folder: Path) -> dict[str, np.ndarray]:
-    """The densities of an evaluation; none without a grid."""
-    path = folder / records.POSTERIORS
+def _write_page(run: LoadedRun, folder: Path) -> str:
+    """Writes the page of a run into its folder, with the images that are there; the file's name."""
+    kept = _arrays(folder / records.IMAGES)
+    images = None
+    if np.array_equal(np.sort(kept.get("indices", [])), run.measured.indices):
+        images = kept["images"][np.argsort(kept["indices"])]
+    path = folder / "report.html"
+    page.write(path, run, images)
+    return path.name
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    """What an evaluation has left in an npz file; nothing where there is none."""
     if not path.exists():
         return {}
     try:

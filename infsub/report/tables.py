@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from infsub import files, gaps
 from infsub.report.runs import LoadedRun, line_names
-from infsub.rows import get, label
+from infsub.rows import get, in_order, label
 
 # What a run says of itself in a caption; runs that are joined also say where they differ.
 SETTINGS = ("data", "evaluate", "model.latent_dim", "model.posterior", "seed")
+HEAD = ("nats", "mean", "± over datapoints", "± Monte Carlo", "95 % interval")
 COLUMNS = (
     "± over datapoints: the standard error, of a gap the paired one; ± Monte Carlo: over random "
     "keys, on these datapoints; 95 % interval: bootstrap over datapoints."
@@ -65,8 +66,12 @@ def _ahead(name: str, run: LoadedRun, other: LoadedRun) -> bool:
 def markdown(runs: Sequence[LoadedRun]) -> list[str]:
     """The table's rows: all errors of one run, or a column for each of several."""
     if len(runs) == 1:
-        head = "| nats | mean | ± over datapoints | ± Monte Carlo | 95 % interval |"
-        return [head, "|---|---:|---:|---:|:---:|", *_markdown_lines(runs[0])]
+        head = f"| {' | '.join(HEAD)} |"
+        return [
+            head,
+            "|---|---:|---:|---:|:---:|",
+            *(f"| {' | '.join(cells)} |" for cells in text_lines(runs[0].lines)),
+        ]
     best = best_runs(runs)
     table = [
         "| nats | " + " | ".join(run.name for run in runs) + " |",
@@ -83,13 +88,17 @@ def markdown(runs: Sequence[LoadedRun]) -> list[str]:
     return [*table, "| datapoints | " + " | ".join(counts) + " |"]
 
 
-def _markdown_lines(run: LoadedRun) -> Iterator[str]:
-    for name in line_names([run]):
-        mean = run.lines[name].mean
-        low, high = gaps.bootstrap_interval(run.lines[name].values)
+def text_lines(lines: Mapping[str, gaps.Line]) -> Iterator[tuple[str, ...]]:
+    """Of each line its label and, as COLUMNS says, mean, both errors and the interval, as text."""
+    for name in in_order(lines):
+        mean = lines[name].mean
+        low, high = gaps.bootstrap_interval(lines[name].values)
         yield (
-            f"| {label(name)} | {mean.mean:.2f} | {mean.standard_error:.2f} "
-            f"| {mean.monte_carlo_error:.2g} | {low:.2f} … {high:.2f} |"
+            label(name),
+            f"{mean.mean:.2f}",
+            f"{mean.standard_error:.2f}",
+            f"{mean.monte_carlo_error:.2g}",
+            f"{low:.2f} … {high:.2f}",
         )
 
 
@@ -117,7 +126,7 @@ def summary(runs: Sequence[LoadedRun]) -> list[str]:
 def footer(runs: Sequence[LoadedRun]) -> list[str]:
     """What a reader of the Markdown table must know, and the datapoints to look at."""
     several = len(runs) > 1
-    text = [f"Nats a datapoint. {ERRORS if several else COLUMNS}", *_settings(runs)]
+    text = [f"Nats a datapoint. {ERRORS if several else COLUMNS}", *settings(runs)]
     text += [f"{run.name}: {note}" if several else note for run in runs for note in run.notes]
     flagged = [(run, flag) for run in runs for flag in run.flags]
     if flagged:
@@ -129,7 +138,7 @@ def footer(runs: Sequence[LoadedRun]) -> list[str]:
     return paragraphs
 
 
-def _settings(runs: Sequence[LoadedRun]) -> list[str]:
+def settings(runs: Sequence[LoadedRun]) -> list[str]:
     """Number of points, seed and settings: where each run differs, then what they share."""
 
     def phrase(run: LoadedRun, shared: bool) -> str:
@@ -183,7 +192,7 @@ def latex(runs: Sequence[LoadedRun]) -> str:
             body.append(r"\midrule")
         body.append(" & ".join(cells) + r" \\")
     counts = [str(len(run.indices)) for run in runs]
-    caption = [f"Where inference loses its nats, averages a datapoint. {ERRORS}", *_settings(runs)]
+    caption = [f"Where inference loses its nats, averages a datapoint. {ERRORS}", *settings(runs)]
     caption += [note for run in runs for note in run.notes] if len(runs) == 1 else []
     return "\n".join(
         [

@@ -1,0 +1,197 @@
+"""The page of a run: what it holds, and what a browser shows of it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import infsub
+from infsub.report import page, runs, thumbnails
+
+N = 120
+HOSTILE = "</script><img src=x onerror=\"document.title='hacked'\">&'\u2028$style ${data}"
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
+)
+
+
+def make_run(num_points=N, seed=0, name="run", without=()):
+    """A run of rows as an evaluation writes them; the fourth has no AIS, two labels are hostile."""
+    rng = np.random.default_rng(seed)
+    log_px = rng.normal(-86.4, 20.0, num_points)
+    local = log_px - rng.gamma(4, 0.5, num_points)
+    elbo = local - rng.gamma(4, 0.55, num_points)
+    columns = {
+        "index": 7 * np.arange(num_points),
+        "label": [HOSTILE if n % 60 == 59 else int(n) % 5 for n in range(num_points)],
+        "elbo": elbo,
+        "elbo_se": np.full(num_points, 0.2),
+        "local_gaussian": local,
+        "local_gaussian_se": np.full(num_points, 0.1),
+        "local_gaussian_steps": np.full(num_points, 900),
+        "local_gaussian_converged": np.arange(num_points) % 40 != 5,
+        "ais": np.where(np.arange(num_points) == 3, np.nan, log_px),
+        "ais_se": np.full(num_points, 0.1),
+        "ais_ess": np.full(num_points, 12.0),
+        "ais_acceptance": np.full(num_points, 0.8),
+    }
+    listed = {
+        key: np.asarray(values, object).tolist()
+        for key, values in columns.items()
+        if not key.startswith(without)
+    }
+    measured = [dict(zip(listed, row, strict=True)) for row in zip(*listed.values(), strict=True)]
+    document = {"config": {"seed": name}, "data": "", "missing": ""}
+    return runs.decomposed(name, measured, [], document)
+
+
+def data_of(html):
+    """What the page's script reads."""
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
+    assert found is not None
+    return json.loads(found[1])
+
+
+def column(data, key):
+    (found,) = [c for c in data["columns"] if c["key"] == key]
+    return found
+
+
+def test_a_row_has_the_numbers_of_its_datapoint():
+    run = make_run()
+    data = data_of(page.document(run))
+    bound = {name: run.measured.columns[name].values for name in ("elbo", "local_gaussian", "ais")}
+    kept = np.where(np.arange(N) == 3, np.nan, 1)  # a datapoint with one infinite bound has no gap
+    for key, want in {
+        **bound,
+        "inference_gap": bound["ais"] - bound["elbo"],
+        "amortization_gap_gaussian": kept * (bound["local_gaussian"] - bound["elbo"]),
+        "approximation_gap_gaussian": bound["ais"] - bound["local_gaussian"],
+    }.items():
+        got = np.array(column(data, key)["values"], float)
+        np.testing.assert_allclose(got, want, atol=1e-4)
+    assert column(data, "inference_gap")["errors"][0] == pytest.approx(np.hypot(0.1, 0.2), abs=1e-4)
+    assert column(data, "index")["values"] == run.measured.indices.tolist()
+    assert column(data, "local_gaussian_converged")["values"][5] == 0
+    flagged = [[data["flags"][f] for f in flags] for flags in column(data, "flags")["values"]]
+    assert flagged[3] == ["AIS is not finite, left out"]
+    assert flagged[5] == ["L[q*] FFG: local optimisation not converged"]
+    assert [bool(flags) for flags in flagged] == [n == 3 or n % 40 == 5 for n in range(N)]
+
+
+def test_the_tables_numbers_are_the_lines():
+    run = make_run()
+    html = page.document(run, verdict="It is fine.")
+    mean = run.lines["inference_gap"].mean
+    row = re.search(r'<tr class="gap"><th scope="row">inference gap</th>(.*?)</tr>', html)
+    assert row is not None
+    cells = re.findall("<td>(.*?)</td>", row[1])
+    assert cells[:2] == [f"{mean.mean:.2f}", f"{mean.standard_error:.2f}"]
+    assert "It is fine." in html
+    assert "<p>Settings: seed=run.</p>" in html
+    assert all(note in html for note in run.notes)
+
+
+def test_the_gaps_of_a_label_are_its_datapoints():
+    run = make_run()
+    html = page.document(run)
+    inference = run.lines["inference_gap"].values
+    kept = [n for n in range(N) if n != 3]
+    of_two = [inference[i] for i, n in enumerate(kept) if n % 5 == 2]
+    row = re.search(r'data-label="2">2</button></th><td>(\d+)</td>\s*<td>([\d.]+)', html)
+    assert row is not None
+    assert (int(row[1]), float(row[2])) == (len(of_two), pytest.approx(np.mean(of_two), abs=0.01))
+
+
+def test_what_users_have_named_is_text():
+    run = make_run(name=HOSTILE)
+    html = page.document(
+        run,
+        verdict=HOSTILE,
+        verdicts=[HOSTILE] * N,
+        xs=[np.array([HOSTILE] * N, object)],
+    )
+    assert html.count("</script>") == 2  # the data's and the page's own
+    assert "<img" not in html
+    data = data_of(html)
+    assert column(data, "label")["values"][59] == HOSTILE
+    assert column(data, "verdict")["values"] == data["words"] == [HOSTILE] * N
+
+
+def test_a_page_asks_for_nothing():
+    run = make_run(without=("label",))
+    html = page.document(run)
+    assert "default-src 'none'" in html
+    assert not re.search(r"(?:src|href)=[\"']?(?!data:)[\w/.]", html)
+    assert "http" not in html.replace("http-equiv", "")
+
+
+def decode(text):
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB"))
+
+
+@pytest.mark.parametrize(
+    "shape", [(28, 28), (28, 28, 1), (1, 28, 28), (784,), (32, 32, 3), (3, 32, 32)]
+)
+@pytest.mark.parametrize("kind", ["binary", "grey", "bytes"])
+def test_images_are_drawn(shape, kind):
+    rng = np.random.default_rng(0)
+    xs = rng.random((N, *shape))
+    xs = {"binary": np.round(xs), "grey": xs, "bytes": np.uint8(255 * xs)}[kind]
+    run = make_run()
+    data = data_of(page.document(run, xs={"x": xs}))
+    want = xs[7] if kind == "bytes" else 255 * xs[7]
+    if 3 in shape:
+        want = np.moveaxis(want, 0, -1) if shape[0] == 3 else want
+    else:
+        want = np.stack(3 * [want.reshape(28, 28)], axis=-1)
+    np.testing.assert_allclose(decode(data["pictures"][7]), want, atol=1.01)
+
+
+def test_a_large_image_is_made_small_and_other_data_are_words():
+    assert max(decode(thumbnails.png(np.zeros((300, 200, 3), np.uint8))).shape) == 64
+    xs = {"counts": np.arange(12.0).reshape(3, 4), "size": np.array([1.5, 2.0, 3.0])}
+    assert thumbnails.pictures(xs) is None
+    assert thumbnails.words(xs, 3)[1] == "4 values, mean 5.5, 4 … 7; 2"
+
+
+def test_pictures_are_of_the_largest_gaps_when_there_is_no_room(monkeypatch):
+    monkeypatch.setattr(page, "PICTURES", 20_000)
+    run = make_run()
+    xs = np.random.default_rng(0).random((N, 28, 28))
+    data = data_of(page.document(run, xs=xs))
+    drawn = np.array([text is not None for text in data["pictures"]])
+    gap = np.array(column(data, "inference_gap")["values"], float)
+    assert 1 < drawn.sum() < N
+    assert np.nanmin(gap[drawn]) >= np.nanmax(gap[~drawn])
+
+
+@pytest.mark.parametrize("options", [{"xs": np.zeros((3, 8, 8))}, {"verdicts": ["fine"] * 3}])
+def test_as_many_as_rows(options):
+    run = make_run()
+    with pytest.raises(ValueError, match="120"):
+        page.document(run, **options)
+
+
+def test_a_page_without_gaps_is_a_page_too():
+    data = data_of(page.document(make_run(without=("label", "local", "ais"))))
+    assert [c["key"] for c in data["columns"]] == ["index", "flags", "elbo"]
+
+
+def test_a_measurement_shows_each_datapoint_in_its_row(tmp_path):
+    """The rows of a run are sorted by index; those of a Measurement are as its datapoints came."""
+    indices = [30, 10, 20]
+    measured = [{"index": i, "label": "a", "elbo": -1.0 * i, "elbo_se": 0.1} for i in indices]
+    xs = np.stack([np.full((8, 8), i, np.uint8) for i in indices])
+    path = infsub.Measurement(measured, xs=xs).page(tmp_path / "page.html")
+    data = data_of(path.read_text())
+    assert column(data, "index")["values"] == [10, 20, 30]
+    assert column(data, "elbo")["values"] == [-10, -20, -30]
+    assert [decode(text)[0, 0, 0] for text in data["pictures"]] == [10, 20, 30]
