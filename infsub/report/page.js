@@ -221,7 +221,11 @@
     refresh();
   });
   $("controls").addEventListener("input", () => { state.start = 0; refresh(); });
-  $("controls").addEventListener("reset", () => setTimeout(() => { state.start = 0; state.chosen = null; refresh(); }));
+  $("all").addEventListener("click", () => {
+    $("controls").reset();
+    [state.start, state.chosen] = [0, null];
+    refresh();
+  });
   $("controls").addEventListener("submit", (event) => event.preventDefault());
   $("size").addEventListener("input", drawRows);
   $("previous").addEventListener("click", () => { state.start -= size(); drawRows(); });

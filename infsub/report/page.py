@@ -80,7 +80,10 @@ def document(
     data = {"columns": columns, "flags": [flag.what or flag.text for flag in run.found.flags]}
     data |= _looks(xs, count, _order(columns))
     style, script = _asset("page.css"), _asset("page.js")
-    notes = "".join(f"<p>{escape(text)}</p>" for text in (*run.notes, *tables.settings([run])))
+    notes, settings = (
+        "".join(f"<p>{escape(text)}</p>" for text in texts)
+        for texts in (run.notes, tables.settings([run]))
+    )
     return Template(_asset("page.html")).substitute(
         style=style,
         style_hash=_hash(style),
@@ -92,6 +95,7 @@ def document(
         table=_table(run.lines),
         columns=escape(tables.COLUMNS),
         notes=notes,
+        settings=settings,
         flags=_flags(run.found.flags, run.certificate.flags),
         labels=_labels(run.measured, run.found),
         data=_json(data),
@@ -239,11 +243,11 @@ def _labels(rows: Rows, found: gaps.Decomposition) -> str:
         )
         body.append(
             f'<tr><th scope="row"><button type="button" class="link" data-label="{escape(name)}">'
-            f"{escape(name)}</button></th><td>{mean.num_datapoints}</td>"
+            f"{escape(name)}</button> <small>× {mean.num_datapoints}</small></th>"
             f"<td>{mean.mean:.2f}{error}</td><td>{svg.bar(shares, widest)}</td></tr>"
         )
     return f"""<section aria-labelledby="by-label"><h2 id="by-label">By label</h2><div class="scroll">
-<table class="labels"><thead><tr><th scope="col">label</th><th scope="col">datapoints</th>
+<table class="labels"><thead><tr><th scope="col">label</th>
 <th scope="col">{label(schema.INFERENCE.name)}</th><td></td></tr></thead>
 <tbody>{"".join(body)}</tbody></table></div></section>"""
 
