@@ -30,6 +30,7 @@ MAX_GRID_ERROR = 0.01  # nats
 # Standard errors of a difference: beyond which a mean is said to be off, and beyond which one
 # datapoint of many is.
 MEAN_ERRORS, POINT_ERRORS = 2.0, 4.0
+MIN_DIFFERENCE = 0.01  # nats; of less at one datapoint nothing is said, for some of it is rounding
 CHANCE = 0.05  # that one of the datapoints is flagged for an estimate that was merely lucky
 
 
@@ -80,11 +81,13 @@ class Flag(NamedTuple):
       text: in a sentence, which says how many they are.
       indices: of the datapoints.
       what: the same of one of them.
+      about: name of the quantity that it puts in doubt.
     """
 
     text: str
     indices: list[int]
     what: str = ""
+    about: str = ""
 
 
 class Curve(NamedTuple):
@@ -171,7 +174,7 @@ def decompose(
     ]
     for name in bounds:
         text = f"{label(name)} is not finite"
-        flags += _flag(text, ~rows.finite([name]), rows.indices, ", left out")
+        flags += _flag(text, ~rows.finite([name]), rows.indices, ", left out", name)
 
     rows = rows.at(finite)
     found = {name: rows.columns[name] for name in bounds}
@@ -284,12 +287,14 @@ def _bound(column: Column) -> Line:
     return Line(column.values, column.errors, "bound")
 
 
-def _flag(text: str, bad: np.ndarray, indices: np.ndarray, then: str = "") -> list[Flag]:
+def _flag(
+    text: str, bad: np.ndarray, indices: np.ndarray, then: str = "", about: str = ""
+) -> list[Flag]:
     """The flag of the datapoints where `bad` [N], which says how many; none where there are none."""
     if not bad.any():
         return []
     counted = f"{text} at {bad.sum()} of {bad.size} datapoints{then}"
-    return [Flag(counted, indices[bad].tolist(), text + then)]
+    return [Flag(counted, indices[bad].tolist(), text + then, about)]
 
 
 def _log_px(lines: dict[str, Line]) -> dict[str, Line]:
@@ -297,7 +302,7 @@ def _log_px(lines: dict[str, Line]) -> dict[str, Line]:
     iwae, ais = lines.get(schema.IWAE.name), lines.get(schema.AIS.name)
     if iwae is None and ais is None:
         return {}
-    found = {schema.LOG_PX.name: lines[_source(lines).name]}
+    found = {schema.LOG_PX.name: lines[source(lines).name]}
     if iwae is not None and ais is not None:
         larger = iwae.values > ais.values
         lift = np.where(larger, iwae.values - ais.values, 0)
@@ -313,7 +318,7 @@ def _log_px(lines: dict[str, Line]) -> dict[str, Line]:
     return found
 
 
-def _source(lines: dict[str, Line]) -> schema.Quantity:
+def source(lines: dict[str, Line]) -> schema.Quantity:
     """What log p̂ is: AIS, or IWAE where AIS was not run."""
     return schema.AIS if schema.AIS.name in lines else schema.IWAE
 
@@ -339,7 +344,7 @@ def _on_log_px(lines: dict[str, Line]) -> list[str]:
     """What log p̂ is, and how far the paper's lies above it."""
     notes = []
     if schema.LOG_PX.name in lines:
-        notes.append(f"log p̂ is {_source(lines).label}, the same estimator at all datapoints.")
+        notes.append(f"log p̂ is {source(lines).label}, the same estimator at all datapoints.")
     if schema.PAPER_LIFT.name in lines:
         lift, log_px = lines[schema.PAPER_LIFT.name], lines[schema.LOG_PX.name]
         means = lines[schema.PAPER_MAX_OF_MEANS.name].mean.mean - log_px.mean.mean
@@ -391,12 +396,12 @@ def _witnesses(
     """
     if schema.LOG_PX.name not in lines:
         return [], []
-    source, log_px = _source(lines), lines[schema.LOG_PX.name]
+    estimator, log_px = source(lines), lines[schema.LOG_PX.name]
     beyond = f"by more than {POINT_ERRORS:g} standard errors"
     notes, flags = [], []
     for name in _named(rows, schema.IWAE, schema.LOCAL_IWAE):
         keep = rows.finite([name])
-        if name == source.name or not keep.any():
+        if name == estimator.name or not keep.any():
             continue
         some = rows.at(keep)
         witness = some.columns[name]
@@ -404,24 +409,27 @@ def _witnesses(
         if above.mean.mean > MEAN_ERRORS * above.mean.standard_error:
             notes.append(
                 f"{label(name)} exceeds log p̂ by {above.mean.mean:.2f} ± {above.error:.2f} nats, a "
-                f"sign that {source.label} has not converged: take more temperatures, or another start "
+                f"sign that {estimator.label} has not converged: take more temperatures, or another start "
                 "(config.evaluate.ais.start)."
             )
-        limit = POINT_ERRORS * above.errors
+        limit = np.maximum(POINT_ERRORS * above.errors, MIN_DIFFERENCE)
         few = witness.errors > min_ess**-0.5
         lucky = np.where(few, np.log(above.values.size / CHANCE), 0)
-        then = f", where {source.label} misses mass"
+        then = f", where {estimator.label} misses mass"
         bad = above.values > np.maximum(limit, lucky)
-        flags += _flag(f"{label(name)} above log p̂ {beyond}", bad, some.indices, then)
+        flags += _flag(
+            f"{label(name)} above log p̂ {beyond}", bad, some.indices, then, schema.LOG_PX.name
+        )
         if "pareto_k" in witness.fields:
             bad = (above.values < -limit) & (witness.fields["pareto_k"] <= max_pareto_k)
             then = ", where its q misses mass, though Pareto k raises no doubt"
-            flags += _flag(f"{label(name)} below log p̂ {beyond}", bad, some.indices, then)
+            flags += _flag(f"{label(name)} below log p̂ {beyond}", bad, some.indices, then, name)
     if schema.GRID.name in lines:
         truth = rows.columns[schema.GRID.name]
         limit = POINT_ERRORS * np.hypot(log_px.errors, truth.fields.get("error", 0))
         bad = np.abs(log_px.values - truth.values) > limit
-        flags += _flag(f"log p̂ off log p(x) of the grid {beyond}", bad, rows.indices)
+        text = f"log p̂ off log p(x) of the grid {beyond}"
+        flags += _flag(text, bad, rows.indices, about=schema.LOG_PX.name)
     return notes, flags
 
 
@@ -459,7 +467,7 @@ def _suspects(rows: Rows, min_ess: float, max_pareto_k: float) -> list[Flag]:
         for field, values in rows.columns[name].fields.items():
             if field in tests:
                 test, text = tests[field]
-                flags += _flag(f"{label(name)}: {text}", test(values), rows.indices)
+                flags += _flag(f"{label(name)}: {text}", test(values), rows.indices, about=name)
     return flags
 
 

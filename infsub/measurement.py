@@ -25,6 +25,7 @@ from infsub.measure import Settings
 from infsub.report import bars, page, runs, tables
 from infsub.report.runs import LoadedRun
 from infsub.types import Gaussian, Key, Model, Params, UserError
+from infsub.verdicts import Verdicts
 
 Format = Literal["markdown", "latex", "csv"]
 
@@ -75,8 +76,13 @@ class Measurement:
         return self.run.certificate if self.certificate_rows else None
 
     @property
+    def verdicts(self) -> Verdicts:
+        """What is to blame, and what to try, of the model and of each datapoint."""
+        return self.run.verdicts
+
+    @property
     def notes(self) -> list[str]:
-        """Sentences about the numbers."""
+        """Sentences about the numbers, the verdict first."""
         return self.run.notes
 
     @property
@@ -92,6 +98,10 @@ class Measurement:
     def table(self, format: Format = "markdown") -> str:
         """The table as Markdown, LaTeX (booktabs) or CSV. Raises ValueError for another format."""
         return tables.table([self.run], format)
+
+    def datapoints(self) -> str:
+        """Every datapoint's verdict, gaps and bounds as CSV."""
+        return files.csv_text(tables.datapoint_rows(self.run))
 
     def figure(self) -> Any:
         """The bar from L[q] over L[q*] to log p̂, and every datapoint's gaps; a matplotlib Figure.

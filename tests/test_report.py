@@ -68,7 +68,7 @@ def test_report_writes_the_numbers_of_the_rows(tmp_path, capsys):
     rows = make_run(tmp_path)
     reports.report(str(tmp_path))
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
-        [*FILES, "rows.jsonl", "config.json"]
+        [*FILES, "datapoints.csv", "rows.jsonl", "config.json"]
     )
     with (tmp_path / "table.csv").open() as file:
         lines = {line["quantity"]: line for line in csv.DictReader(file)}

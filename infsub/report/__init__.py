@@ -94,6 +94,8 @@ def _write(
         files.write_bytes(out / "table.md", "\n".join(text).encode())
         files.write_csv(out / "table.csv", tables.csv_rows(runs))
         files.write_bytes(out / "table.tex", tables.latex(runs).encode())
+        if len(runs) == 1:
+            files.write_csv(out / "datapoints.csv", tables.datapoint_rows(runs[0]))
         if not figures:
             return
         drawn = [_draw(runs, out, dict(figure), folders) for figure in figures]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from infsub import files, gaps, records, rows, shards
+from infsub import files, gaps, records, rows, shards, verdicts
 from infsub.config import flatten
 from infsub.types import UserError
 
@@ -34,6 +34,11 @@ class LoadedRun(NamedTuple):
     data: str
     settings: dict[str, Any]
     missing: str = ""
+
+    @property
+    def verdicts(self) -> verdicts.Verdicts:
+        """What is to blame for the gaps, of the model and of every datapoint."""
+        return verdicts.judge(self.measured, self.found, self.certificate)
 
     @property
     def indices(self) -> np.ndarray:
@@ -63,9 +68,9 @@ class LoadedRun(NamedTuple):
 
     @property
     def notes(self) -> list[str]:
-        """Sentences for the caption."""
+        """Sentences for the caption, the verdict first."""
         lacking = [f"Not all is evaluated: {self.missing}."] if self.missing else []
-        return self.found.notes + self.certificate.notes + lacking
+        return self.verdicts.sentences + self.found.notes + self.certificate.notes + lacking
 
 
 def decomposed(

@@ -177,6 +177,29 @@ def csv_rows(runs: Sequence[LoadedRun]) -> list[dict[str, Any]]:
     return rows
 
 
+def datapoint_rows(run: LoadedRun) -> list[dict[str, Any]]:
+    """A row for each datapoint: its verdict, what to try, its gaps and bounds with their errors."""
+    measured, found = run.measured, run.found
+    place = {index: n for n, index in enumerate(found.indices.tolist())}
+    gap_names = [n for n in found.lines if get(n).quantity.kind != "bound"]
+    labels = measured.labels if measured.labels is not None else [None] * len(measured.indices)
+    rows = []
+    for n, (index, verdict) in enumerate(
+        zip(measured.indices.tolist(), run.verdicts.points, strict=True)
+    ):
+        row = {"index": index, "label": labels[n], "verdict": verdict, "next": verdict.advice}
+        lines = {name: found.lines[name] for name in gap_names} if index in place else {}
+        for name in gap_names:
+            row[name] = lines[name].values[place[index]] if lines else None
+            row[f"{name}_se"] = lines[name].errors[place[index]] if lines else None
+        for name in in_order(measured.columns):
+            column = measured.columns[name]
+            row[name] = column.values[n]
+            row |= {f"{name}_{f}": values[n] for f, values in column.fields.items()}
+        rows.append(row)
+    return rows
+
+
 def latex(runs: Sequence[LoadedRun]) -> str:
     """A booktabs table, a column a run."""
     best = best_runs(runs)
