@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,23 @@ def write_npz(path: Path, arrays: Mapping[str, Any]) -> None:
     content = io.BytesIO()
     np.savez_compressed(content, **arrays)
     write_bytes(path, content.getvalue())
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an npz file by name; none where there is no file.
+
+    Raises:
+      UserError: it is torn.
+    """
+    try:
+        with np.load(io.BytesIO(path.read_bytes())) as arrays:
+            return dict(arrays)
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{path} is torn ({error}): remove it and evaluate the run again."
+        ) from error
 
 
 def write_png(path: Path, image: np.ndarray) -> None:

@@ -22,7 +22,7 @@ from infsub import files, gaps, records, rows, subjects
 from infsub.datapoints import map_datapoints, number_of
 from infsub.keys import Stream, stream
 from infsub.measure import Settings
-from infsub.report import bars, page, runs, tables
+from infsub.report import bars, page, runs, tables, thumbnails
 from infsub.report.runs import LoadedRun
 from infsub.types import Gaussian, Key, Model, Params, UserError
 from infsub.verdicts import Verdicts
@@ -82,7 +82,7 @@ class Measurement:
 
     @property
     def notes(self) -> list[str]:
-        """Sentences about the numbers, the verdict first."""
+        """Sentences about the numbers."""
         return self.run.notes
 
     @property
@@ -142,6 +142,9 @@ class Measurement:
             raise UserError(f"{path} is another measurement's: give another folder.")
         document = self._document | {"versions": records.versions()}
         files.write_json(folder / "config.json", document)
+        if self.xs is not None:
+            shown = {"indices": self.run.measured.indices}
+            files.write_npz(folder / records.IMAGES, shown | thumbnails.arrays(self._shown()))
         if self.certificate_rows:
             files.rewrite_rows(folder / "bdmc.jsonl", self.certificate_rows)
         files.rewrite_rows(path, self.rows)
@@ -249,6 +252,8 @@ def measure(
         )
     num_points = number_of(xs)
     indices = np.arange(num_points) if indices is None else np.asarray(indices)
+    if np.unique(indices).size < num_points:
+        raise ValueError(f"indices must be N={num_points} different integers; got {indices}")
     labels = [None] * num_points if labels is None else np.asarray(labels).tolist()
     if not isinstance(labels, list) or len(labels) != num_points:
         raise ValueError(f"labels must have shape [N={num_points}]; got {labels!r}")
@@ -339,4 +344,5 @@ def load(folder: str | Path) -> Measurement:
     measured, certified, document = runs.read_folder(folder)
     told = {name: document[name] for name in ("config", "data", "missing")}
     name = document.get("name", folder.resolve().name)
-    return Measurement(measured, certified, **told, name=name)
+    shown = runs.read_shown(folder, np.array([row[rows.INDEX] for row in measured]))
+    return Measurement(measured, certified, **told, name=name, xs=shown)

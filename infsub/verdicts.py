@@ -74,7 +74,8 @@ class Verdicts(NamedTuple):
     Attributes:
       model: on the means.
       points: [N], in the order of the rows, those included that have no gap.
-      sentences: the model's with its numbers, and how many datapoints have which.
+      sentences: the model's with its numbers, and how many datapoints have which; none where no gap
+        was measured.
     """
 
     model: Verdict
@@ -103,21 +104,19 @@ def judge(rows: Rows, found: Decomposition, certificate: Certificate | None = No
     certificate: of the same model, from `gaps.certify`.
     """
     lines, families = found.lines, found.families
-    unfinished = Verdict("inconclusive", "not finite", _NEXT["finite"])
     if schema.INFERENCE.name not in lines or not families:
         nothing = Verdict("inconclusive", "the gap is not split", _NEXT["nothing"])
-        model, kept = nothing, [nothing] * len(found.indices)
-    else:
-        width = _width(certificate)
-        masks = [_marked(found, names) for names in _doubts(found)]
-        kept = _decide(lines, families, masks, width, of_mean=False)
-        most = [np.array([np.mean(mask) > SHARE]) for mask in masks]
-        most[0] |= _contested(rows.at(np.isin(rows.indices, found.indices)), lines)
-        (model,) = _decide(lines, families, most, width, of_mean=True)
+        return Verdicts(nothing, [nothing] * len(rows.indices), [])
+    width, masks = _width(certificate), [_marked(found, names) for names in _doubts(found)]
+    kept = _decide(lines, families, masks, width, of_mean=False)
+    most = [np.array([np.mean(mask) > SHARE]) for mask in masks]
+    most[0] |= _contested(rows.at(np.isin(rows.indices, found.indices)), lines)
+    (model,) = _decide(lines, families, most, width, of_mean=True)
     by_index = dict(zip(found.indices.tolist(), kept, strict=True))
+    unfinished = Verdict("inconclusive", "not finite", _NEXT["finite"])
     points = [by_index.get(index, unfinished) for index in rows.indices.tolist()]
     counts = ", ".join(f"{n} {name}" for name, n in count(points).items())
-    told = [_sentence(model, lines, families), f"Of {len(points)} datapoints: {counts}."]
+    told = [_sentence(model, lines, families[0]), f"Of {len(points)} datapoints: {counts}."]
     return Verdicts(model, points, told)
 
 
@@ -222,21 +221,13 @@ def _decide(
     return [verdict(n) for n in range(len(gap.value))]
 
 
-def _sentence(model: Verdict, lines: dict[str, Line], families: list[str]) -> str:
+def _sentence(model: Verdict, lines: dict[str, Line], own: str) -> str:
     """The verdict on the model in words, with what it rests on."""
-    text = f"Verdict: {model}."
-    if schema.INFERENCE.name in lines and families:
-        own = families[0]
-        gap, *parts = (
-            f"{lines[name].mean.mean:.2f} ± {lines[name].error:.2f}"
-            for name in (
-                schema.INFERENCE.name,
-                schema.AMORTIZATION.of(own),
-                schema.APPROXIMATION.of(own),
-            )
-        )
-        text += (
-            f" Of an inference gap of {gap} nats, amortization costs {parts[0]} and the family "
-            f"{schema.family_label(own)} {parts[1]}."
-        )
-    return f"{text} {model.advice}"
+    names = (schema.INFERENCE.name, schema.AMORTIZATION.of(own), schema.APPROXIMATION.of(own))
+    gap, amortization, approximation = (
+        f"{lines[name].mean.mean:.2f} ± {lines[name].error:.2f}" for name in names
+    )
+    return (
+        f"Verdict: {model}. Of an inference gap of {gap} nats, amortization costs {amortization} and "
+        f"the family {schema.family_label(own)} {approximation}. {model.advice}"
+    )

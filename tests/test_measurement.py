@@ -101,6 +101,10 @@ def test_what_is_saved_is_a_runs_folder(measured, tmp_path):
     assert str(again) == str(measured)
     assert load_run(str(folder)).data == measured.data
     np.testing.assert_array_equal(again.columns["label"], measured.columns["label"])
+    assert again.xs.tolist()[0].startswith("5 values, mean ")
+    page = measured.page(tmp_path / "page.html").read_text()
+    assert again.page(tmp_path / "again.html").read_text() == page
+    assert again.xs.tolist()[3] in page
     measured.save(folder)  # the same again is no mistake
     other = infsub.Measurement(measured.rows[:3], config=measured.config)
     with pytest.raises(UserError, match="another measurement's: give another folder"):
@@ -136,5 +140,7 @@ def test_mistakes_are_told_in_a_sentence(xs):
         measure(MODEL._replace(sample_x=None), num_certified=2)
     with pytest.raises(ValueError, match=r"labels must have shape \[N=12\]"):
         measure(labels=[1, 2])
+    with pytest.raises(ValueError, match="12 different integers"):
+        measure(indices=np.zeros(12, int))
     with pytest.raises(ValueError, match="unknown posterior 'gauss'"):
         measure(families=["gauss"])

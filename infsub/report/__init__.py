@@ -9,18 +9,14 @@ are on the same datapoints.
 from __future__ import annotations
 
 import importlib.util
-import io
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-
 from infsub import files, records
 from infsub.report import page, tables
-from infsub.report.runs import LoadedRun, load_run
+from infsub.report.runs import LoadedRun, load_run, read_shown
 from infsub.rows import INFERENCE
 from infsub.types import UserError
 
@@ -128,7 +124,8 @@ def _draw(
             name, drawn = "curves", curves.step_figure(runs)
         case "posteriors":
             densities = {
-                cell: _arrays(folder / records.POSTERIORS) for cell, folder in folders.items()
+                cell: files.read_npz(folder / records.POSTERIORS)
+                for cell, folder in folders.items()
             }
             densities = {cell: arrays for cell, arrays in densities.items() if arrays}
             if not densities:
@@ -161,23 +158,6 @@ def bars(runs: Sequence[LoadedRun]) -> Any:
 
 def _write_page(run: LoadedRun, folder: Path) -> str:
     """Writes the page of a run into its folder, with the images that are there; the file's name."""
-    kept = _arrays(folder / records.IMAGES)
-    images = None
-    if np.array_equal(np.sort(kept.get("indices", [])), run.measured.indices):
-        images = kept["images"][np.argsort(kept["indices"])]
     path = folder / "report.html"
-    page.write(path, run, images)
+    page.write(path, run, read_shown(folder, run.measured.indices))
     return path.name
-
-
-def _arrays(path: Path) -> dict[str, np.ndarray]:
-    """What an evaluation has left in an npz file; nothing where there is none."""
-    if not path.exists():
-        return {}
-    try:
-        with np.load(io.BytesIO(path.read_bytes())) as arrays:
-            return dict(arrays)
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"{path} is torn ({error}): remove it and evaluate the run again."
-        ) from error

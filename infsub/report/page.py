@@ -58,7 +58,7 @@ def document(
     run: LoadedRun,
     xs: Any = None,
     *,
-    verdict: str = "",
+    verdict: str | None = None,
     verdicts: Sequence[str] | None = None,
 ) -> str:
     """The page's HTML.
@@ -67,13 +67,17 @@ def document(
       run: with the rows of all N datapoints, also of those that no mean is over.
       xs: pytree [N, …], the datapoints in the order of the rows; images are drawn, those of the
         largest inference gaps if PICTURES is not enough for all.
-      verdict: sentence on the model.
-      verdicts: [N], a word or two on each datapoint.
+      verdict: sentence on the model; None: the run's.
+      verdicts: [N], a word or two on each datapoint; None: the run's.
 
     Raises:
       ValueError: xs or verdicts are not of N datapoints.
     """
     count = len(run.measured.indices)
+    judged = run.verdicts
+    verdict = " ".join(judged.sentences) if verdict is None else verdict
+    if verdicts is None and judged.sentences:
+        verdicts = [str(point) for point in judged.points]
     if verdicts is not None and len(verdicts) != count:
         raise ValueError(f"verdicts must be {count}, one a row; got {len(verdicts)}")
     columns = _columns(run.measured, run.found, verdicts)
@@ -111,7 +115,7 @@ def _columns(
         texts = ["" if value is None else str(value) for value in rows.labels]
         columns.append(_column("label", "label", "", texts))
     if verdicts is not None:
-        columns.append(_column("verdict", "verdict", "", [str(value) for value in verdicts]))
+        columns.append(_column("verdict", "verdict", "", list(verdicts)))
     place = {index: row for row, index in enumerate(rows.indices.tolist())}
     kept = [place[index] for index in found.indices.tolist()]
     by_quantity = sorted(

@@ -68,9 +68,9 @@ class LoadedRun(NamedTuple):
 
     @property
     def notes(self) -> list[str]:
-        """Sentences for the caption, the verdict first."""
+        """Sentences for the caption, below the verdict's."""
         lacking = [f"Not all is evaluated: {self.missing}."] if self.missing else []
-        return self.verdicts.sentences + self.found.notes + self.certificate.notes + lacking
+        return self.found.notes + self.certificate.notes + lacking
 
 
 def decomposed(
@@ -135,6 +135,20 @@ def read_folder(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]
     # Simulated images are themselves what tells them apart.
     data = f"{evaluation.get('images', identity)} {config.get('evaluate', {}).get('split')}"
     return measured, certified, {"data": data, "missing": records.missing(folder)} | document
+
+
+def read_shown(folder: Path, indices: np.ndarray) -> np.ndarray | None:
+    """What there is to show of the datapoints `indices`: images uint8 or words [N]; None of them all.
+
+    Raises:
+      UserError: the file is torn.
+    """
+    kept = files.read_npz(folder / records.IMAGES)
+    order = np.argsort(kept.get("indices", []))
+    if not np.array_equal(np.asarray(kept.get("indices", []))[order], np.sort(indices)):
+        return None
+    shown = kept["images"] if "images" in kept else kept["words"]
+    return shown[order][np.argsort(np.argsort(indices))]
 
 
 def line_names(runs: Sequence[LoadedRun]) -> list[str]:

@@ -118,7 +118,7 @@ def summary(runs: Sequence[LoadedRun]) -> list[str]:
     """The Markdown table, and under it what a terminal has room for of notes and flags."""
     text = markdown(runs)
     for run in runs:
-        for sentence in (*run.notes, *(flag.text for flag in run.flags)):
+        for sentence in (*run.verdicts.sentences, *run.notes, *(flag.text for flag in run.flags)):
             text.append(f"{f'{run.name}: ' * (len(runs) > 1)}{sentence}")
     return text
 
@@ -127,7 +127,8 @@ def footer(runs: Sequence[LoadedRun]) -> list[str]:
     """What a reader of the Markdown table must know, and the datapoints to look at."""
     several = len(runs) > 1
     text = [f"Nats a datapoint. {ERRORS if several else COLUMNS}", *settings(runs)]
-    text += [f"{run.name}: {note}" if several else note for run in runs for note in run.notes]
+    told = [(run.name, note) for run in runs for note in (*run.verdicts.sentences, *run.notes)]
+    text += [f"{name}: {note}" if several else note for name, note in told]
     flagged = [(run, flag) for run in runs for flag in run.flags]
     if flagged:
         text.append("Datapoints to look at, by index into the data set's split:")
@@ -216,7 +217,7 @@ def latex(runs: Sequence[LoadedRun]) -> str:
         body.append(" & ".join(cells) + r" \\")
     counts = [str(len(run.indices)) for run in runs]
     caption = [f"Where inference loses its nats, averages a datapoint. {ERRORS}", *settings(runs)]
-    caption += [note for run in runs for note in run.notes] if len(runs) == 1 else []
+    caption += [*runs[0].verdicts.sentences, *runs[0].notes] if len(runs) == 1 else []
     return "\n".join(
         [
             r"% \usepackage{booktabs}",

@@ -34,6 +34,14 @@ def words(xs: Any, num_datapoints: int) -> list[str]:
     return ["; ".join(parts) for parts in zip(*texts, strict=True)] or [""] * num_datapoints
 
 
+def arrays(xs: Any) -> dict[str, np.ndarray]:
+    """What is shown of the datapoints, as arrays to be saved: "images" uint8 [N, …], or "words" [N]."""
+    images = pictures(xs)
+    if images is not None:
+        return {"images": np.stack(images)}
+    return {"words": np.array(words(xs, len(jax.tree.leaves(xs)[0])), str)}
+
+
 def png(picture: np.ndarray) -> str:
     """A picture as the base64 text of a PNG file, a bit a pixel where it is black and white."""
     image = Image.fromarray(picture)
