@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from infsub import densities
-from infsub.types import Array, Key, Params, Target
+from infsub.types import Array, Key, Matrix, Params, Target, Vector
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "elu": jax.nn.elu,
@@ -286,6 +287,56 @@ def init_coupling(
         "first": init_net(key_1, num_second + context_dim, hidden, 2 * num_first),
         "second": init_net(key_2, num_first + context_dim, hidden, 2 * num_second),
     }
+
+
+# Steps of Adam from near 0 to the shears of a Gaussian: then KL is below 1e-3 nats at D = 50, in a
+# hundredth of the time that gradients of a decoder take to find them.
+_NUM_SHEAR_STEPS = 200
+_SHEARING = optax.adam(optax.cosine_decay_schedule(0.05, _NUM_SHEAR_STEPS))
+NUM_SHEARS = 2  # couplings it takes
+
+
+def shears(precision: Matrix, num_first: int) -> tuple[list[tuple[Array, Array]], Vector]:
+    """Linear couplings that make N(0, precision⁻¹) of independent noise.
+
+    z = U_2 L_2 U_1 L_1 (scale ∘ ε), where L adds M a to b and U adds N b to a: with T their product,
+    the best scale is (TᵀPT)_ii^(−1/2), and the KL left is ½ Σ log (TᵀPT)_ii − ½ log det P. It vanishes
+    where TᵀPT is diagonal; Adam finds such a T.
+
+    Args:
+      precision: P [D, D], of diagonal 1.
+      num_first: size of a; b is the rest.
+
+    Returns:
+      ([(M [D − A, A], N [A, D − A]) of each step], scale [D]).
+    """
+    num_second = len(precision) - num_first
+
+    def product(maps: Any) -> Matrix:
+        t = jnp.eye(len(precision), dtype=precision.dtype)
+        for m, n in maps:
+            t = t.at[num_first:].add(m @ t[:num_first])
+            t = t.at[:num_first].add(n @ t[num_first:])
+        return t
+
+    def diagonal(maps: Any) -> Vector:
+        t = product(maps)
+        return jnp.sum(t * (precision @ t), axis=0)
+
+    def descend(_: Array, carry: Any) -> Any:
+        maps, moments = carry
+        gradient = jax.grad(lambda maps: jnp.sum(jnp.log(diagonal(maps))) / 2)(maps)
+        updates, moments = _SHEARING.update(gradient, moments)
+        return optax.apply_updates(maps, updates), moments
+
+    # Any start but 0, where a shear and the next would do the same.
+    noise = 0.1 * jax.random.normal(
+        jax.random.key(0), (NUM_SHEARS, 2, num_second, num_first), precision.dtype
+    )
+    maps: Any = [(m, n.T) for m, n in noise]
+    carry = maps, _SHEARING.init(maps)
+    maps, _ = jax.lax.fori_loop(0, _NUM_SHEAR_STEPS, descend, carry)
+    return maps, 1 / jnp.sqrt(diagonal(maps))
 
 
 def leapfrog(target: Target) -> Flow:

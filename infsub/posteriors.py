@@ -130,8 +130,8 @@ def with_gaussian(params: Params, q: Gaussian) -> Params:
 def start(key: Key, posterior: Posterior, q: Gaussian) -> Params:
     """Params of any family that is q as nearly as it can be: itself, or at its base Gaussian.
 
-    Of the families here `full_gaussian` and `auxiliary` can be any Gaussian, `gaussian` and the
-    base of the others any factorised one.
+    Of the families here `full_gaussian`, `rnvp` and `auxiliary` can be any Gaussian, `gaussian` and
+    the base of the others any factorised one.
     """
     params = posterior.init(key)
     if posterior.place is not None and jnp.ndim(q.scale) == 2:
@@ -405,13 +405,49 @@ def rnvp(
         steps = [flows.init_coupling(key, *sizes) for key in jax.random.split(key, num_steps)]
         return _init(latent_dim, context_dim, steps=steps)
 
-    return _flow_posterior(
+    def place(params: Params, q: Gaussian) -> Params:
+        # y = (z − mean) / width has a precision of diagonal 1, and shears of a and b correlate it.
+        narrow = factorised(q)
+        inverse = linalg.solve(q.scale / narrow.scale[:, None], jnp.eye(latent_dim))
+        maps, scale = flows.shears(inverse.T @ inverse, half)
+        factor = jnp.diag(scale)  # of y so far
+        first, second, steps = slice(0, half), slice(half, None), list(params["shared"]["steps"])
+
+        def add(layers: list[Params], matrix: Array, seen: slice, moved: slice) -> list[Params]:
+            spread = jnp.sqrt(jnp.sum(factor[seen] ** 2, axis=1))
+            width, size = narrow.scale[seen] * spread, len(matrix)
+            out = narrow.scale[moved, None] * matrix * spread
+            return flows.linear_net(
+                layers,
+                activation,
+                jnp.concatenate(
+                    [jnp.diag(1 / width), jnp.zeros((width.size, context_dim))], axis=1
+                ),
+                -q.mean[seen] / width,
+                jnp.concatenate([jnp.zeros_like(out), out]),
+                jnp.zeros(2 * size),
+            )
+
+        for i, (m, n) in enumerate(maps):
+            to_second = add(steps[i]["second"], m, first, second)
+            factor = factor.at[second].add(m @ factor[first])
+            to_first = add(steps[i]["first"], n, second, first)
+            factor = factor.at[first].add(n @ factor[second])
+            steps[i] = {"first": to_first, "second": to_second}
+        params = with_gaussian(params, Gaussian(q.mean, narrow.scale * scale))
+        return params | {"shared": params["shared"] | {"steps": steps}}
+
+    posterior = _flow_posterior(
         init,
         flows.coupling(activation),
         "shared",
         split=lambda z: (z[:half], z[half:]),
         join=jnp.concatenate,
     )
+    wide = (
+        num_steps >= flows.NUM_SHEARS and half > 0 and latent_dim - half <= min(*hidden, math.inf)
+    )
+    return posterior._replace(place=place if wide else None)
 
 
 # Families with an auxiliary variable v

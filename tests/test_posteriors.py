@@ -250,6 +250,24 @@ def test_an_auxiliary_flow_placed_at_a_gaussian(activation):
     )
 
 
+@pytest.mark.parametrize("latent_dim", [2, 5, 8])
+def test_rnvp_placed_at_a_gaussian(latent_dim):
+    """Two couplings shear independent noise into the exact posterior of full covariance."""
+    model = models.linear_gaussian(latent_dim, 2 * latent_dim)
+    _, x = model.simulate(jax.random.key(20))
+    mean, cov = model.posterior(x)
+    q = Gaussian(mean, jnp.linalg.cholesky(cov))
+    posterior = posteriors.rnvp(latent_dim, hidden=(9, 7), context_dim=2)
+    params = posteriors.start(jax.random.key(21), posterior, q)
+    weights = bounds.elbo(
+        jax.random.key(22), model.target(x), posteriors.sampler(posterior, params), 1000
+    ).log_weights
+    assert jnp.std(weights) < 0.05
+    np.testing.assert_allclose(jnp.mean(weights), model.log_px(x), atol=5e-3)
+    for narrow in (posteriors.rnvp(latent_dim, 1), posteriors.rnvp(4, hidden=(1,))):
+        assert narrow.place is None  # no room for the shears
+
+
 @each_family
 def test_starts_at_the_factorised_gaussian(name):
     """From the same base Gaussian, the ELBO is FFG's within what planar and leapfrog steps cost."""
