@@ -5,8 +5,9 @@ Command:  python -m infsub.main --workdir=runs/fashion_af \\
           and, to evaluate another checkpoint or other points of it, the same command with
               --mode=evaluate --config.evaluate.split=test --config.evaluate.name=test
 Scales:   paper, the authors' settings (3280 epochs of Burda's schedule, 1000 datapoints, AIS of 100
-          chains and 10,000 temperatures); small, a hundredth of that; smoke, no meaning.
-Minutes:  half an hour on two cores at scale small, a few at smoke, days at paper
+          chains and 10,000 temperatures); full, their training and our measuring, certified; small,
+          a hundredth of it; smoke, no meaning.
+Minutes:  half an hour on two cores at scale small, a few at smoke, hours at full, days at paper
 Expect:   L[q] ≤ L[q*] ≤ log p̂ within errors, on every data set.
 """
 

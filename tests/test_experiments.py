@@ -329,7 +329,7 @@ def test_mistakes(command, tmp_path):
         ([quick, "--cells=a"], "--cells is for experiments"),
         (
             [paper, "--config.scale=huge"],
-            "the scale is 'huge'; it must be one of paper, small, smoke",
+            "the scale is 'huge'; it must be one of full, paper, small, smoke",
         ),
         ([paper, "--cells=a"], "--cells names a; test_set has gaussian_train"),
         ([paper, "--mode=train"], "--mode=train is for one run"),

@@ -33,6 +33,7 @@ def get_config() -> Config:
         shared={"evaluate.local.families": ()},
         smoke=("binarized_mnist_gaussian_half", "binarized_mnist_gaussian_full"),
         scales={
+            "full": {"evaluate.bdmc.num_points": 1000},
             "paper": {"evaluate.bdmc.num_points": 1000},
             "small": {"evaluate.bdmc.num_points": 200},
             "smoke": {"evaluate.bdmc.num_points": 4},

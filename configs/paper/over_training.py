@@ -28,6 +28,7 @@ def get_config() -> Config:
         },
         shared={"data.name": "fashion_mnist", "model.latent_dim": 20},
         scales={
+            "full": {"train.keep_every": 410},
             "paper": {"train.keep_every": 410},
             "small": {"train.num_epochs": 80, "train.keep_every": 10},
             "smoke": {"train.num_epochs": 8, "train.keep_every": 1},
