@@ -41,6 +41,13 @@ WIDTH, BAR, LINE = 3.4, 0.28, 0.11
 TEXT, SMALL, FOOT = 7, 6, 5
 
 
+class GapFigure(Figure):
+    """A Figure that a notebook shows by itself, whether or not pyplot was ever imported there."""
+
+    def _repr_png_(self) -> bytes:
+        return encode(self, "png")
+
+
 def gap_figure(runs: Sequence[LoadedRun]) -> Figure:
     """A bar for each run from L[q] over L[q*] to log p̂.
 
@@ -55,7 +62,7 @@ def gap_figure(runs: Sequence[LoadedRun]) -> Figure:
     rows = [name + BAR + LINE * (max(line for line, _ in place) + 2) for place in places]
     heights = [sum(rows)] + [1.0] * (len(runs) == 1)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, sum(heights) + 0.6 + 0.35 * len(heights)))
+        figure = GapFigure(figsize=(WIDTH, sum(heights) + 0.6 + 0.35 * len(heights)))
         figure.set_layout_engine("constrained")
         axes = np.ravel(np.asarray(figure.subplots(len(heights), 1, height_ratios=heights)))
         axes[0].set_xlim(*limits)
