@@ -16,7 +16,6 @@ import jax
 import numpy as np
 from absl import logging
 
-from infsub import config as configs
 from infsub import records
 from infsub.types import UserError
 from infsub.vae import Variables, make_vae
@@ -82,7 +81,7 @@ class Checkpoints:
     def clean(self, last_step: int) -> None:
         """Removes what a killed process left half done, and checkpoints after `last_step`."""
         for path in self._directory.glob("*"):
-            newer = path.name.isdigit() and int(path.name) > last_step
+            newer = path.name.isdecimal() and int(path.name) > last_step
             if newer or ".orbax-checkpoint-tmp" in path.name or path.suffix == ".removed":
                 _remove(path)
 
@@ -98,7 +97,7 @@ class Damaged(Exception):
 
 def steps(directory: Path) -> list[int]:
     """Steps of the finished checkpoints in a directory, ascending; needs no orbax."""
-    return sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit())
+    return sorted(int(p.name) for p in directory.glob("*") if p.name.isdecimal())
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -155,17 +154,22 @@ def load_variables(workdir: str | Path, which: str = "best") -> tuple[Variables,
     Raises:
       UserError: no run, no such checkpoint, or a damaged one.
     """
-    run = records.read_run(Path(workdir))
-    if (num_seeds := run["config"]["train"]["num_seeds"]) > 1:
+    run, config = records.read_run(Path(workdir)), records.read_config(Path(workdir))
+    if (num_seeds := config.train.num_seeds) > 1:
         raise UserError(f"{workdir} holds {num_seeds} runs: give one, such as {workdir}/seed_0.")
     directory = Path(workdir) / "checkpoints"
     present = steps(directory)
     if not present:
         raise UserError(f"{workdir} has no checkpoint yet: run it with --mode=train first.")
-    vae = make_vae(configs.from_json(run["config"]).model, run["image_shape"], run["levels"])
-    variables = jax.eval_shape(vae.init, jax.random.key(0))
+    try:
+        vae = make_vae(config.model, run["image_shape"], run["levels"])
+        variables = jax.eval_shape(vae.init, jax.random.key(0))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{Path(workdir) / 'config.json'}: config.model cannot be built: {error}"
+        ) from error
     step, name = present[-1], "best" if which == "best" else "variables"
-    if which.startswith("epoch_") and which[6:].isdigit():
+    if which.startswith("epoch_") and which[6:].isdecimal():
         step = int(which[6:]) * run["steps_per_epoch"]
     elif which not in ("best", "last"):
         raise UserError(f"checkpoint {which!r} is not known; give best, last or epoch_<n>.")

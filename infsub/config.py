@@ -354,24 +354,48 @@ def to_json(config: Config) -> dict[str, Any]:
 
 
 def from_json(values: dict[str, Any]) -> Config:
-    """The inverse of `to_json`; fields that were added since take their defaults.
+    """The inverse of `to_json`, also of an older revision's.
+
+    Fields that were added since take their defaults; of those that are gone since, the ones that no
+    weight depends on are left out.
 
     Raises:
-      UserError: a value of another type than its field's.
+      UserError: a value of another type than its field's, or a field that weights depended on and
+        that is gone.
     """
 
     def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items()}
-        return tuple(plain(v) for v in value) if isinstance(value, list) else value
+        return tuple(map(plain, value)) if isinstance(value, list) else value
 
-    config = default().unlock()
+    config, found = default().unlock(), {name: plain(v) for name, v in flatten(values)}
+    options = {n: found.pop(n) for n in sorted(found) if n.startswith("model.posterior.")}
+    known = dict(flatten(config))
+    if gone := [n for n in sorted(found.keys() - known) if not _is_skipped(n)]:
+        raise UserError(
+            f"the saved config has {gone[0]}={found[gone[0]]!r}, a field that this infsub has not: "
+            "mend it, or use the version of infsub that wrote it."
+        )
     try:
-        config.update(plain(values))
+        config.update_from_flattened_dict({n: v for n, v in found.items() if n in known})
+        if options:
+            config.model.posterior = ConfigDict({n.split(".")[2]: v for n, v in options.items()})
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"the saved config does not fit infsub's fields: {reason}.") from error
     return config.lock()
+
+
+def _is_skipped(name: str) -> bool:
+    return any(name == skip or name.startswith(f"{skip}.") for skip in NOT_IDENTITY)
+
+
+def completed(before: dict[str, Any]) -> dict[str, Any]:
+    """`identified` of an older revision, with the defaults of the fields that were added since."""
+    added = {name: list(v) if isinstance(v, tuple) else v for name, v in flatten(default())}
+    family = str(before.get("model.posterior.name"))
+    row = FAMILIES[family].defaults if family in FAMILIES else {}
+    added |= {f"model.posterior.{name}": value for name, value in row.items()}
+    return {name: value for name, value in added.items() if not _is_skipped(name)} | before
 
 
 def identified(config: Config, data_identity: str, init_identity: str = "") -> dict[str, Any]:
@@ -379,7 +403,7 @@ def identified(config: Config, data_identity: str, init_identity: str = "") -> d
     fields = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in flatten(config)
-        if not any(name == skip or name.startswith(f"{skip}.") for skip in NOT_IDENTITY)
+        if not _is_skipped(name)
     }
     return fields | {"data identity": data_identity, "initial weights": init_identity}
 

@@ -67,6 +67,8 @@ def _evaluate(
 ) -> list[int]:
     settings = config.evaluate
     dataset = data.load(**{"data_dir" if k == "dir" else k: v for k, v in config.data.items()})
+    source = run["identified"].get("initial weights", "")
+    records.check_same(run, workdir, configs.identified(config, dataset.identity, source))
     variables, step = checkpoints.load_variables(workdir, settings.checkpoint)
     variables = jax.device_put(variables)
     vae = make_vae(config.model, dataset.image_shape, dataset.levels)
@@ -205,11 +207,11 @@ def _claim(
 ) -> Path:
     """The folder of this evaluation, whose config.json says with which settings it is made."""
     folder = workdir / settings.name if settings.name else workdir
-    used = {n: v for n, v in configs.flatten(settings) if n not in ("block_size", "name")}
-    used = {n: list(v) if isinstance(v, tuple) else v for n, v in used.items()} | facts
+    used = _used(settings) | facts
     before = files.read_json(folder / "evaluation.json")
     if before is not None:
         before.pop(records.NUM_POINTS, None)
+        before = _used(configs.default().evaluate) | before  # with what was added since
     if before is not None and before != used and shards.read(folder, "rows"):
         raise UserError(
             f"{folder / 'rows.jsonl'} was made with other settings: "
@@ -228,6 +230,12 @@ def _claim(
     return folder
 
 
+def _used(settings: Any) -> dict[str, Any]:
+    """The settings that rows depend on, as JSON has them."""
+    used = {n: v for n, v in configs.flatten(settings) if n not in ("block_size", "name")}
+    return {n: list(v) if isinstance(v, tuple) else v for n, v in used.items()}
+
+
 def _write_rows(
     folder: Path,
     stem: str,
@@ -243,7 +251,7 @@ def _write_rows(
     so that the numbers are the same to the bit; its missing rows are kept.
     """
     path = shards.path_of(folder, stem, shard)
-    written = {row[rows.INDEX]: row for row in files.read_rows(path, rows.INDEX)}
+    written = {row[rows.INDEX]: row for row in files.read_rows(path, {rows.INDEX: int})}
     elsewhere = {row[rows.INDEX]: row for row in shards.read(folder, stem, without=path)}
     if not elsewhere.keys() | written.keys() <= set(indices.tolist()):
         raise UserError(f"{path} holds other datapoints: remove it, or name this evaluation.")

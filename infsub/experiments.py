@@ -179,6 +179,9 @@ def expand(config: configs.Config, workdir: Path, overrides: Sequence[str] = ())
     if scale == "smoke":  # only these data are everywhere
         fixed = {"data.name": "mnist5k"} | fixed
     described = dict(given.cells)
+    for called in (given.name, *described):
+        if not called or not configs.FOLDER.holds(called):
+            raise UserError(f"experiment {given.name}: {called!r} must be {configs.FOLDER.wanted}.")
     cells: dict[str, Cell] = {}
 
     def add(name: str, path: tuple[str, ...] = ()) -> Cell:
@@ -320,16 +323,30 @@ def status(workdir: Path) -> str:
     lines = []
     for path in sorted(workdir.glob("*/cells.json")):
         lines.append(path.parent.name)
-        for name, cell in files.read_json(path).items():
+        for name, cell in _read_cells(path).items():
             rows = shards.read(workdir / cell["run"] / cell["evaluation"], "rows")
             text = f"{cell['state']}, {len(rows)} datapoints evaluated, {cell['run']}"
             lines.append(f"  {name:<32}{text}")
     return "\n".join(lines)
 
 
+def _read_cells(path: Path) -> dict[str, dict[str, str]]:
+    """What cells.json says of each cell, {} where there is none; its folders stay in the workdir."""
+    cells = files.read_json(path) or {}
+    for name, cell in cells.items():
+        wrong = files.wrong_fields(cell, {"state": str, "run": str, "evaluation": str})
+        if not wrong:
+            folder = Path(cell["run"], cell["evaluation"])
+            outside = folder.is_absolute() or ".." in folder.parts
+            wrong = f"its folder {folder} is not in the workdir" if outside else ""
+        if wrong:
+            raise UserError(f"{path} is not as infsub writes it ({name}: {wrong}): remove it.")
+    return cells
+
+
 def _done(cell: Cell) -> dict[str, Any] | None:
     """What the cell ended with, if it has."""
-    return files.read_json(cell.evaluation / "done.json")
+    return files.read_json(cell.evaluation / "done.json", {"not_finite": list})
 
 
 def _run_cell(
@@ -377,7 +394,7 @@ def _write_summary(
 ) -> set[str]:
     from infsub import report
 
-    before = files.read_json(folder / "cells.json") or {}
+    before = _read_cells(folder / "cells.json")
     failed = {  # in another shard, which tells us by its file
         cell.name: before[cell.name]["state"]
         for cell in cells

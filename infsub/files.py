@@ -1,6 +1,7 @@
 """Files that are whole or not there, JSON and rows of it, and what a person sees of the progress.
 
-Every file is written aside and renamed, or appended to line by line.
+Every file is written aside and renamed, or appended to line by line. Whatever stands in a file that
+is read, it is a value of the kind that was asked for, or a UserError that names the file.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import os
 import sys
 import time
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -96,13 +99,17 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL_TEXTS = ("ENOSPC", "No space left on device", "Disk quota exceeded", "File too large")
+
+
 def is_full(error: BaseException | None) -> bool:
     """Whether an error, or one that it came from, says that a disk or a quota is full."""
     while error is not None:
         # tensorstore, under orbax, has it in its words alone.
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "ENOSPC" in str(error):
-            return True
-        if "No space left on device" in str(error):
+        if getattr(error, "errno", None) in _FULL or any(
+            text in str(error) for text in _FULL_TEXTS
+        ):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -113,18 +120,51 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def read_json(path: Path) -> Any:
-    """The value in a JSON file, or None when there is no such file.
+# What a field of a JSON object may be asked to be, in words. NaN is written as null.
+KINDS: dict[type, str] = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number or null",
+    list: "a list",
+    dict: "an object",
+}
+Kinds = Mapping[str, type]
+
+
+def wrong_fields(value: Any, needed: Kinds) -> str:
+    """What a JSON value lacks of an object with the fields `needed`, in words; "" when nothing."""
+    if not isinstance(value, dict):
+        return "it is no JSON object"
+    for name, kind in needed.items():
+        found = value.get(name, ...)
+        allowed: Any = (int, float, type(None)) if kind is float else kind
+        # A bool is an int to Python, and no number to us.
+        if not isinstance(found, allowed) or isinstance(found, bool):
+            is_now = "missing" if found is ... else f"{json.dumps(found)[:40]}"
+            return f"{name} must be {KINDS[kind]}, and is {is_now}"
+    return ""
+
+
+def read_json(path: Path, needed: Kinds = MappingProxyType({})) -> dict[str, Any] | None:
+    """The JSON object in a file, or None when there is no such file.
+
+    Args:
+      path: of the file.
+      needed: fields that it must have, with their kind, one of KINDS.
 
     Raises:
-      UserError: it is there, and is no JSON.
+      UserError: it is there, and holds no such object: what is wrong, and what to do.
     """
     try:
-        return json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}): mend or remove it.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read as JSON ({reason}): mend or remove it.") from error
+    if wrong := wrong_fields(value, needed):
+        raise UserError(f"{path} is not as infsub writes it ({wrong}): mend or remove it.")
+    return value
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -139,12 +179,12 @@ def rewrite_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     write_bytes(path, "".join(json.dumps(finite(row)) + "\n" for row in rows).encode())
 
 
-def read_rows(path: Path, *needed: str) -> list[dict[str, Any]]:
+def read_rows(path: Path, needed: Kinds = MappingProxyType({})) -> list[dict[str, Any]]:
     """The rows of a JSON-lines file, none where there is no file; a last line torn by a kill is left out.
 
     Args:
       path: of the file.
-      needed: names that each row must have, an integer under each.
+      needed: fields that each row must have, with their kind.
 
     Raises:
       UserError: it cannot be read, or another line is no row: which, and what to do.
@@ -167,11 +207,9 @@ def read_rows(path: Path, *needed: str) -> list[dict[str, Any]]:
             raise UserError(
                 f"{path}, line {number}, is no JSON ({error}): mend it, or remove the file."
             ) from error
-        # A bool is an int to Python.
-        if not isinstance(row, dict) or any(type(row.get(name)) is not int for name in needed):
-            wanted = f" with a whole number as {' and '.join(needed)}" if needed else ""
+        if wrong := wrong_fields(row, needed):
             raise UserError(
-                f"{path}, line {number}, is no row, a JSON object{wanted}: mend it, or remove the file."
+                f"{path}, line {number}, is no row ({wrong}): mend it, or remove the file."
             )
         rows.append(row)
     return rows
@@ -203,21 +241,40 @@ def write_npz(path: Path, arrays: Mapping[str, Any]) -> None:
     write_bytes(path, content.getvalue())
 
 
-def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an npz file by name; none where there is no file.
+def read_npz(path: Path, *layouts: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """The arrays of an npz file, none where there is no file; nothing of it is code.
+
+    Args:
+      path: of the file.
+      layouts: what may be in it, one of these: of each array by name a letter an axis, the same letter
+        for the same size; " text" after them where it is not of numbers.
 
     Raises:
-      UserError: it is torn.
+      UserError: it cannot be read, or an array that is needed is not in it, or not so.
     """
+    todo = "remove it and evaluate the run again"
     try:
-        with np.load(io.BytesIO(path.read_bytes())) as arrays:
-            return dict(arrays)
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
+            axes = next((a for a in layouts if a.keys() <= set(file.files)), layouts[0])
+            arrays = {name: file[name] for name in axes}
     except FileNotFoundError:
         return {}
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"{path} is torn ({error}): remove it and evaluate the run again."
-        ) from error
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path} is torn ({error}): {todo}.") from error
+    except (AttributeError, TypeError) as error:  # a single array, not a file of them
+        raise UserError(f"{path} is no npz file: {todo}.") from error
+    sizes = {"2": 2}
+    for name, wanted in axes.items():
+        letters, _, text = wanted.partition(" ")
+        shape, dtype = arrays[name].shape, arrays[name].dtype
+        fit = [sizes.setdefault(a, n) == n for a, n in zip(letters, shape, strict=False)]
+        if (
+            len(shape) != len(letters)
+            or not all(fit)
+            or dtype.kind not in ("U" if text else "fiub")
+        ):
+            raise UserError(f"{path} is torn ({name} is {dtype} of shape {shape}): {todo}.")
+    return arrays
 
 
 def write_png(path: Path, image: np.ndarray) -> None:

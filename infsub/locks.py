@@ -21,7 +21,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from infsub.files import duration, read_json, say, write_json
+from infsub.files import duration, is_full, read_json, say, write_json
 from infsub.types import UserError
 
 SIGN_OF_LIFE = 20.0  # seconds between two
@@ -84,6 +84,8 @@ def _try(folder: Path, activity: str, lock: FileLock, note: Path) -> None:
     except Timeout:
         raise Held(_held(folder, activity, _read(note), alive=True)) from None
     except OSError as error:
+        if is_full(error):
+            raise
         raise UserError(
             f"--workdir={folder} cannot be written to ({error.strerror}): give another one."
         ) from error

@@ -12,10 +12,14 @@ Exit codes: 0 done, 1 failed, 2 a mistake in the command, 130 Ctrl-C and 143 SIG
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import os
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -24,6 +28,7 @@ from infsub import config as configs
 from infsub import experiments, files, records, shards
 from infsub.types import UserError
 
+_ORBAX = f"{os.sep}orbax{os.sep}"
 MODES = ["run", "train", "evaluate", "report", "status"]
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, f"FILE.py, or FILE.py:name=value,… . Fields:\n{configs.listing()}"
@@ -84,11 +89,29 @@ def parse(argv: list[str]) -> list[str]:
         sys.exit(2)
 
 
+def hush() -> None:
+    """Background threads that write checkpoints do not print what goes wrong: it is raised to us too."""
+    logging.get_absl_logger().addFilter(
+        lambda record: (
+            record.levelno < logging.converter.STANDARD_ERROR or _ORBAX not in record.pathname
+        )
+    )
+    for module, name in ((sys, "unraisablehook"), (threading, "excepthook")):
+        setattr(module, name, functools.partial(_unless_known, getattr(module, name)))
+
+
+def _unless_known(hook: Callable[[Any], None], raised: Any) -> None:
+    """`hook`, but for what comes of a full disk: writes after one that failed, and what closes files."""
+    if str(raised.exc_value) != "Event loop is closed" and not files.is_full(raised.exc_value):
+        hook(raised)
+
+
 def main(_: list[str]) -> int:
     """Does what --mode says; the exit code."""
     workdir = Path(WORKDIR.value)
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
+        hush()
     try:
         shard = shards.parse(SHARD.value, os.environ)
         if shard != shards.WHOLE and MODE.value not in ("run", "evaluate"):
@@ -104,18 +127,22 @@ def main(_: list[str]) -> int:
                 "--cells is for experiments, such as --config=configs/paper/test_set.py."
             )
         else:
-            config = CONFIG.value or configs.from_json(records.read_run(workdir)["config"])
+            config = CONFIG.value or records.read_config(workdir)
             run(MODE.value, configs.resolve(config), workdir, shard)
     except (UserError, records.Stopped, KeyboardInterrupt) as error:
         files.say(str(error) or "stopped; the same command continues.")
         return getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 2)
     except Exception as error:
-        if not files.is_full(error):
+        if files.is_full(error):
+            reason = (
+                f"no space is left for {workdir}: the last checkpoint and all whole rows are kept"
+            )
+            files.say(f"{reason}; make room, and the same command continues.")
+        elif isinstance(error, OSError):
+            where = error.filename or workdir
+            files.say(f"{where} cannot be used ({error.strerror}): mend or remove it.")
+        else:
             raise
-        files.say(
-            f"no space is left for {workdir}: the last checkpoint and all whole rows are kept; make "
-            "room, and the same command continues."
-        )
         return 1
     return 0
 

@@ -25,7 +25,36 @@ TRACES = ("checkpoints", "metrics.jsonl", "rows.jsonl", "table.md", "seed_0")  #
 POSTERIORS = "posteriors.npz"  # the densities that an evaluation with a grid leaves
 NUM_POINTS = "num_points"  # in evaluation.json: how many datapoints the evaluation is of
 IMAGES = "images.npz"  # the evaluated datapoints, for the report's page
-FACTS = ("config", "identity", "identified", "image_shape", "levels", "steps_per_epoch")
+FACTS: dict[str, type] = {
+    "config": dict,
+    "identity": str,
+    "identified": dict,
+    "image_shape": list,
+    "levels": int,
+    "steps_per_epoch": int,
+}
+PROGRESS: dict[str, type] = {
+    "done": int,
+    "total": int,
+    "seconds_left": float,
+    "examples_per_second": float,
+    "time": float,
+}
+SUMMARY: dict[str, type] = {"ended": str, "step": int}
+EPOCH: dict[str, type] = {"step": int, "epoch": int, "elbo": float}  # of a row of metrics.jsonl
+# What an evaluation leaves in npz files, and its axes: N datapoints, F families, G cells a side.
+DENSITIES = {
+    "images": "NHWC",
+    "families": "F text",
+    "log_px": "N",
+    "low": "N2",
+    "width": "N",
+    "truth": "NGG",
+    "bounds": "NF",
+    "densities": "NFGG",
+}
+SHOWN = {"indices": "N", "images": "NHWC"}
+WORDS = {"indices": "N", "words": "N text"}
 PACKAGES = ("infsub", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "distrax")
 
 
@@ -95,22 +124,57 @@ def write_progress(workdir: Path, progress: files.Progress, speed: float) -> Non
     files.write_json(workdir / "progress.json", files.finite(content))
 
 
-def read_run(workdir: Path, needed: tuple[str, ...] = FACTS) -> dict[str, Any]:
+def read_run(workdir: Path, *needed: str) -> dict[str, Any]:
     """The `config.json` of a run: its config, and what `claim` wrote beside it.
 
+    Args:
+      workdir: of the run.
+      needed: the FACTS that must be there; none: all of them.
+
     Raises:
-      UserError: there is no run in `workdir`, or one of the fields that are needed is not there.
+      UserError: there is no run in `workdir`, or a fact that is needed is not what a run writes.
     """
     path = Path(workdir) / "config.json"
     run = files.read_json(path)
     if run is None:
         raise UserError(f"{workdir} holds no run (it has no config.json): give a run's --workdir.")
-    known = run if isinstance(run, dict) and isinstance(run.get("config"), dict) else {}
-    if missing := [name for name in needed if name not in known]:
+    for name in needed or FACTS:
+        if wrong := files.wrong_fields(run, {name: FACTS[name]}):
+            raise UserError(f"{path} is no run's ({wrong}): give a run's --workdir, or mend it.")
+    shape = run.get("image_shape", [])
+    if not needed and not (
+        len(shape) == 3
+        and all(type(n) is int and n > 0 for n in shape)
+        and run["levels"] > 1
+        and run["steps_per_epoch"] > 0
+    ):
         raise UserError(
-            f"{path} is no run's: it has no {', '.join(missing)}; give a run's --workdir."
+            f"{path} is no run's (image_shape={shape}, levels={run['levels']}, steps_per_epoch="
+            f"{run['steps_per_epoch']}): give a run's --workdir, or mend it."
         )
     return run
+
+
+def check_same(run: dict[str, Any], workdir: Path, identified: dict[str, Any]) -> None:
+    """Raises UserError where a config, as `configs.identified`, is not that of the run in `workdir`."""
+    if differing := configs.differences(configs.completed(run["identified"]), identified):
+        raise UserError(
+            f"{workdir} is another config's: {'; '.join(differing)}. "
+            "Give another --workdir, or the config it was made with."
+        )
+
+
+def read_config(workdir: Path) -> configs.Config:
+    """The config of the run in `workdir`, resolved.
+
+    Raises:
+      UserError: as `read_run`, or a config that infsub cannot use: the field, and what is wrong.
+    """
+    run = read_run(workdir)
+    try:
+        return configs.resolve(configs.from_json(run["config"]))
+    except UserError as error:
+        raise UserError(f"{Path(workdir) / 'config.json'}: {error}") from error
 
 
 def status(workdir: Path) -> str:
@@ -120,19 +184,20 @@ def status(workdir: Path) -> str:
       UserError: there is no run in `workdir`.
     """
     run = read_run(workdir)
-    config, per_epoch = configs.from_json(run["config"]), run["steps_per_epoch"]
+    config, per_epoch = read_config(workdir), run["steps_per_epoch"]
     model, train = config.model, config.train
     lines = [
         ("run", f"{workdir}, identity {run['identity']}"),
         ("data", f"{config.data.name}, {config.data.binarisation}, {config.data.levels} levels"),
         ("model", f"{model.posterior.name} posterior, z of {model.latent_dim} dimensions"),
     ]
-    progress = files.read_json(workdir / "progress.json")
+    progress = files.read_json(workdir / "progress.json", PROGRESS)
     if progress is None:
         lines.append(("training", "not begun"))
     else:
-        epoch, ago = progress["done"] / per_epoch, time.time() - progress["time"]
-        state = f"epoch {epoch:.4g} of {train.num_epochs}, {progress['examples_per_second']:.0f}"
+        epoch, ago = progress["done"] / per_epoch, time.time() - (progress["time"] or np.nan)
+        speed = progress["examples_per_second"] or np.nan
+        state = f"epoch {epoch:.4g} of {train.num_epochs}, {speed:.0f}"
         lines.append(("training", f"{state} examples/s, last seen {files.duration(ago)} ago"))
         left = progress["seconds_left"]  # None before it is known
         if progress["done"] < progress["total"] and ago < 120 and left is not None:
@@ -149,30 +214,42 @@ def missing(folder: Path) -> str:
     Raises:
       UserError: its files cannot be read.
     """
-    evaluation = files.read_json(folder / "evaluation.json") or {}
+    path = folder / "evaluation.json"
+    evaluation = {NUM_POINTS: 0, "bdmc.num_points": 0} | (files.read_json(path) or {})
+    if wrong := files.wrong_fields(evaluation, {NUM_POINTS: int, "bdmc.num_points": int}):
+        raise UserError(f"{path} is not as infsub writes it ({wrong}): mend or remove it.")
     return "; ".join(
         text if stem == "rows" else f"of the certificate, {text}"
         for stem, name in (("rows", NUM_POINTS), ("bdmc", "bdmc.num_points"))
-        if (text := shards.missing(folder, stem, evaluation.get(name) or 0))
+        if (text := shards.missing(folder, stem, evaluation[name]))
     )
+
+
+def _nats(value: Any) -> str:
+    return f"{value:.2f}" if isinstance(value, int | float) else "unknown"
 
 
 def _status_of_one(workdir: Path, label: str, per_epoch: int) -> list[tuple[str, str]]:
     lines = [(label, "")]
-    for row in files.read_rows(workdir / "metrics.jsonl")[-1:]:
-        validation = {n: row[n] for n in ("validation_elbo", "validation_iwae") if n in row}
-        values = {"ELBO": row["elbo"]} | validation
-        text = ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in values.items())
+    for row in files.read_rows(workdir / "metrics.jsonl", EPOCH)[-1:]:
+        shown = {
+            "ELBO": "elbo",
+            "validation ELBO": "validation_elbo",
+            "validation IWAE": "validation_iwae",
+        }
+        text = ", ".join(
+            f"{text} {_nats(row[name])}" for text, name in shown.items() if name in row
+        )
         lines.append(("", f"epoch {row['epoch']}: {text}"))
-    saved = sorted(int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit())
+    saved = sorted(int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdecimal())
     if saved:
         text = ", ".join(f"{step / per_epoch:.4g}" for step in saved)
         lines.append(("", f"checkpoints at epochs {text}"))
-    if summary := files.read_json(workdir / "summary.json"):
+    if summary := files.read_json(workdir / "summary.json", SUMMARY):
         lines.append(("", f"training {summary['ended']} at step {summary['step']}"))
         if "test_elbo" in summary:
-            text = f"test ELBO {summary['test_elbo']:.2f} ± {summary['test_elbo_se']:.2f}"
-            lines.append(("", f"best at epoch {summary['best_epoch']}: {text}"))
+            text = f"test ELBO {_nats(summary['test_elbo'])} ± {_nats(summary.get('test_elbo_se'))}"
+            lines.append(("", f"best at epoch {summary.get('best_epoch')}: {text}"))
     num_rows, lacking = len(shards.read(workdir, "rows")), missing(workdir)
     lines.append(("", f"{num_rows} datapoints evaluated{f', {lacking}' if lacking else ''}"))
     tables = sorted(p.name for p in workdir.glob("table.*"))
@@ -202,13 +279,11 @@ def claim(
     identified = configs.identified(config, data_identity, init_identity)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        identity = configs.identity(config, data_identity, init_identity)
         if (workdir / "config.json").exists():
-            before = read_run(workdir, needed=("identified",))["identified"]
-            if differing := configs.differences(before, identified):
-                raise UserError(
-                    f"{workdir} is another config's: {'; '.join(differing)}. "
-                    "Give another --workdir, or the config it was made with."
-                )
+            run = read_run(workdir, "identified", "identity")
+            check_same(run, workdir, identified)
+            identity = run["identity"]  # an older revision's stays, for its checkpoints carry it
         elif found := [name for name in TRACES if (workdir / name).exists()]:
             raise UserError(
                 f"{workdir} has {found[0]} and no config.json, so it is unknown which run it is of: "
@@ -219,13 +294,15 @@ def claim(
             "levels": levels,
             "steps_per_epoch": steps_per_epoch,
             "config": configs.to_json(config),
-            "identity": configs.identity(config, data_identity, init_identity),
+            "identity": identity,
             "identified": identified,
             "versions": versions(),
             "git_revision": git_revision(),
         }
         files.write_json(workdir / "config.json", facts)
     except OSError as error:
+        if files.is_full(error):
+            raise
         raise UserError(
             f"--workdir={workdir} cannot be written to ({error.strerror}): give another one."
         ) from error

@@ -114,7 +114,7 @@ def read(folder: Path, stem: str, without: Path | None = None) -> list[dict[str,
     by_index: dict[int, dict[str, Any]] = {}
     for path in paths(folder, stem):
         if path != without:
-            by_index |= {row[INDEX]: row for row in files.read_rows(path, INDEX)}
+            by_index |= {row[INDEX]: row for row in files.read_rows(path, {INDEX: int})}
     return list(by_index.values())
 
 
@@ -137,7 +137,7 @@ def missing(folder: Path, stem: str, total: int) -> str:
     for index in range(count := counts.pop()):
         shard = Shard(index, count)
         share = len(shard.of(range(total)))
-        done = len(files.read_rows(path_of(folder, stem, shard), INDEX))
+        done = len(files.read_rows(path_of(folder, stem, shard), {INDEX: int}))
         if done < share:
             parts.append(f"{shard} has {done or 'none'} of its {share}")
     return f"{text} ({'; '.join(parts)})"

@@ -58,14 +58,16 @@ class Member:
             "best_epoch": np.asarray(0),
             "best_value": np.asarray(-np.inf),
         }
-        self.ended = (files.read_json(workdir / "summary.json") or {}).get("ended", "")
+        self.ended = (files.read_json(workdir / "summary.json", records.SUMMARY) or {}).get(
+            "ended", ""
+        )
         self._board: records.TensorBoard | None = None
 
     def resume(self, step: int) -> None:
         """Makes the records those of a run that is at `step`."""
         self.checkpoints.clean(step)
         metrics = self.workdir / "metrics.jsonl"
-        rows = files.read_rows(metrics)
+        rows = files.read_rows(metrics, records.EPOCH)
         files.rewrite_rows(metrics, [row for row in rows if row["step"] <= step])
         self._board = records.TensorBoard(self.workdir / "tensorboard", step + 1 if step else None)
 

@@ -99,11 +99,57 @@ def test_claim_refuses_a_folder_of_results_without_a_config(tmp_path):
         records.claim(config.default(), tmp_path / "file" / "run", "digits", "", **DIGITS)
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"config": [1]}', '{"config": {}}'])
+@pytest.mark.parametrize("content", ["{}", '{"config": [1]}', '{"config": {}}'])
 def test_a_config_that_is_no_run_s_is_named(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(UserError, match=r"config\.json is no run's: it has no .*; give a run's"):
+    with pytest.raises(UserError, match=r"config\.json is no run's \(.* must be .*give a run's"):
         records.read_run(tmp_path)
+
+
+@pytest.fixture
+def revisions(monkeypatch):
+    """revision(name=default, …): from now on infsub's fields are today's and these."""
+    today = dict(config.FIELDS)
+
+    def revision(**added):
+        monkeypatch.setattr(
+            config,
+            "FIELDS",
+            today | {n.replace("__", "."): config.Field(d, "") for n, d in added.items()},
+        )
+
+    return revision
+
+
+def test_a_run_of_an_older_revision_is_continued_with_the_defaults_of_new_fields(
+    tmp_path, revisions
+):
+    records.claim(config.resolve(config.default()), tmp_path, "digits", "", **DIGITS)
+    before = records.read_run(tmp_path)
+    revisions(train__momentum=0.5, evaluate__depth=3)
+    records.claim(config.resolve(config.default()), tmp_path, "digits", "", **DIGITS)
+    run = records.read_run(tmp_path)
+    assert run["identity"] == before["identity"]  # as its checkpoints have it
+    assert run["identified"]["train.momentum"] == 0.5
+    assert records.read_config(tmp_path).train.momentum == 0.5
+    other = config.default()
+    other.train.momentum = 0.9
+    with pytest.raises(UserError, match=r"train\.momentum was 0\.5 and is 0\.9"):
+        records.claim(config.resolve(other), tmp_path, "digits", "", **DIGITS)
+
+
+def test_fields_that_are_gone_are_named_where_weights_depended_on_them(tmp_path, revisions):
+    revisions(train__momentum=0.5, evaluate__depth=3)
+    records.claim(config.resolve(config.default()), tmp_path, "digits", "", **DIGITS)
+    revisions(train__momentum=0.5)
+    assert "depth" not in records.read_config(tmp_path).evaluate  # no weight depended on it
+    revisions()
+    with pytest.raises(
+        UserError, match=r"has train\.momentum=0\.5, a field that this infsub has not"
+    ):
+        records.read_config(tmp_path)
+    with pytest.raises(UserError, match=r"train\.momentum was 0\.5 and is 'nothing'"):
+        records.claim(config.resolve(config.default()), tmp_path, "digits", "", **DIGITS)
 
 
 def test_status_knows_no_time_left_before_the_second_dispatch(tmp_path):

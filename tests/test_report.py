@@ -602,7 +602,10 @@ def rewrite(name, text):
         (rewrite("rows.jsonl", '{"index": 1, "elbo": "low"}\n'), "elbo must be a number"),
         (rewrite("rows.jsonl", '{"index": 1, "elbo": null}\n'), "no datapoint whose bounds are"),
         (rewrite("config.json", "{"), "config.json cannot be read as JSON"),
-        (rewrite("config.json", "[]"), "config.json is no run's: it has no config"),
+        (
+            rewrite("config.json", "[]"),
+            "config.json is not as infsub writes it (it is no JSON object)",
+        ),
         (lambda folder: (folder / "config.json").unlink(), "config.json"),
     ],
 )

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from infsub.files import read_json
 from infsub.types import Array, Key, UserError
 
 Arrays = tuple[np.ndarray, np.ndarray | None]  # images uint8 [N, H, W, C], labels uint8 [N]
@@ -265,7 +266,7 @@ def _prepared_folder(name: str, data_dir: str) -> Path:
             f"{name} is not in {folder}: prepare it with `{command}`, give the directory that has "
             "it as --config.data.dir=DIR, or use --config.data.name=mnist5k, which needs no files."
         )
-    info = json.loads((folder / "dataset_info.json").read_text())
+    info = read_json(folder / "dataset_info.json") or {}
     if info.get("fileFormat") != "array_record":
         raise UserError(
             f"{folder} is in TFDS's {info.get('fileFormat', 'tfrecord')} format, and array_record "
@@ -275,8 +276,16 @@ def _prepared_folder(name: str, data_dir: str) -> Path:
 
 
 def _ranges(folder: Path) -> dict[str, tuple[str, int, int]]:
-    info = json.loads((folder / "dataset_info.json").read_text())
-    sizes = {s["name"]: sum(map(int, s["shardLengths"])) for s in info["splits"]}
+    info = read_json(folder / "dataset_info.json") or {}
+    try:
+        sizes = {s["name"]: sum(map(int, s["shardLengths"])) for s in info["splits"]}
+        if not sizes.keys() >= {"train", "test"}:
+            raise KeyError("train, test")
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{folder / 'dataset_info.json'} names no sizes of splits: prepare it anew with `python -m "
+            f"infsub.data --prepare={folder.parent.name} --dir={folder.parent.parent}`."
+        ) from error
     ranges = {split: (split, 0, sizes[split]) for split in SPLITS if split in sizes}
     if "validation" not in sizes:
         end = sizes["train"]

@@ -98,6 +98,8 @@ def _write(
         if folders.get("") == out:  # of one run, in its own folder
             drawn.append(_write_page(runs[0], out))
     except OSError as error:
+        if files.is_full(error):
+            raise
         raise UserError(f"{out} cannot be written to ({error.strerror}).") from error
     print("\n".join(tables.summary(runs)))
     written = ", ".join(["table.md, table.csv, table.tex", *drawn])
@@ -124,7 +126,7 @@ def _draw(
             name, drawn = "curves", curves.step_figure(runs)
         case "posteriors":
             densities = {
-                cell: files.read_npz(folder / records.POSTERIORS)
+                cell: files.read_npz(folder / records.POSTERIORS, records.DENSITIES)
                 for cell, folder in folders.items()
             }
             densities = {cell: arrays for cell, arrays in densities.items() if arrays}

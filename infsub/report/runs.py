@@ -125,15 +125,23 @@ def read_folder(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]
       UserError: a file is missing, empty or torn.
     """
     measured = _read_rows(folder, "rows", rows.ELBO)
-    document = records.read_run(folder, needed=("config",))
+    document = records.read_run(folder, "config")
     certified = []
     if shards.paths(folder, "bdmc"):
         certified = _read_rows(folder, "bdmc", rows.LOWER, rows.UPPER)
-    config, identified = document["config"], document.get("identified", {})
     evaluation = files.read_json(folder / "evaluation.json") or {}
-    identity = identified.get("data identity", config.get("data"))
+    settings = dict(flatten(document["config"]))
+    own = settings.get("model.posterior.name", "gaussian")
+    thresholds = {k: v for k, v in settings.items() if k.startswith("report.")}
+    if not isinstance(own, str) or files.wrong_fields(thresholds, dict.fromkeys(thresholds, float)):
+        raise UserError(
+            f"{folder / 'config.json'} has model.posterior.name={own!r} and {thresholds}: mend it."
+        )
+    identified = document.get("identified")
+    known = identified if isinstance(identified, dict) else {}
+    identity = known.get("data identity", document["config"].get("data"))
     # Simulated images are themselves what tells them apart.
-    data = f"{evaluation.get('images', identity)} {config.get('evaluate', {}).get('split')}"
+    data = f"{evaluation.get('images', identity)} {settings.get('evaluate.split')}"
     return measured, certified, {"data": data, "missing": records.missing(folder)} | document
 
 
@@ -143,7 +151,7 @@ def read_shown(folder: Path, indices: np.ndarray) -> np.ndarray | None:
     Raises:
       UserError: the file is torn.
     """
-    kept = files.read_npz(folder / records.IMAGES)
+    kept = files.read_npz(folder / records.IMAGES, records.SHOWN, records.WORDS)
     order = np.argsort(kept.get("indices", []))
     if not np.array_equal(np.asarray(kept.get("indices", []))[order], np.sort(indices)):
         return None
