@@ -92,9 +92,7 @@ def parse(argv: list[str]) -> list[str]:
 def hush() -> None:
     """Background threads that write checkpoints do not print what goes wrong: it is raised to us too."""
     logging.get_absl_logger().addFilter(
-        lambda record: (
-            record.levelno < logging.converter.STANDARD_ERROR or _ORBAX not in record.pathname
-        )
+        lambda record: record.levelname != "ERROR" or _ORBAX not in record.pathname
     )
     for module, name in ((sys, "unraisablehook"), (threading, "excepthook")):
         setattr(module, name, functools.partial(_unless_known, getattr(module, name)))
