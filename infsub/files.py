@@ -247,7 +247,7 @@ def read_npz(path: Path, *layouts: Mapping[str, str]) -> dict[str, np.ndarray]:
     Args:
       path: of the file.
       layouts: what may be in it, one of these: of each array by name a letter an axis, the same letter
-        for the same size; " text" after them where it is not of numbers.
+        for the same size, … for any further ones; " text" after them where it is not of numbers.
 
     Raises:
       UserError: it cannot be read, or an array that is needed is not in it, or not so.
@@ -267,12 +267,10 @@ def read_npz(path: Path, *layouts: Mapping[str, str]) -> dict[str, np.ndarray]:
     for name, wanted in axes.items():
         letters, _, text = wanted.partition(" ")
         shape, dtype = arrays[name].shape, arrays[name].dtype
-        fit = [sizes.setdefault(a, n) == n for a, n in zip(letters, shape, strict=False)]
-        if (
-            len(shape) != len(letters)
-            or not all(fit)
-            or dtype.kind not in ("U" if text else "fiub")
-        ):
+        known = letters.rstrip("…")
+        fit = [sizes.setdefault(a, n) == n for a, n in zip(known, shape, strict=False)]
+        whole = len(shape) == len(known) or (known != letters and len(shape) > len(known))
+        if not whole or not all(fit) or dtype.kind not in ("U" if text else "fiub"):
             raise UserError(f"{path} is torn ({name} is {dtype} of shape {shape}): {todo}.")
     return arrays
 

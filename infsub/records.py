@@ -53,7 +53,7 @@ DENSITIES = {
     "bounds": "NF",
     "densities": "NFGG",
 }
-SHOWN = {"indices": "N", "images": "NHWC"}
+SHOWN = {"indices": "N", "images": "N…"}
 WORDS = {"indices": "N", "words": "N text"}
 PACKAGES = ("infsub", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "distrax")
 

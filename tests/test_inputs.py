@@ -430,6 +430,12 @@ INPUTS = {
     "posteriors.npz, lacking": (densities(truth=None), "report", TORN),
     "posteriors.npz, shapes": (densities(width=np.ones(7)), "report", TORN),
     "posteriors.npz, texts": (densities(log_px=np.array(["a", "b"])), "report", TORN),
+    "images.npz, empty": (text("images.npz", ""), "report", TORN.replace("posteriors", "images")),
+    "images.npz, one array": (
+        lambda workdir: np.save((workdir / "images.npz").open("wb"), np.zeros(3)),
+        "report",
+        TORN.replace("posteriors", "images"),
+    ),
     # checkpoints
     "no checkpoints": (no_steps, "evaluate", "has no checkpoint yet: run it with --mode=train"),
     "a torn checkpoint": (torn_checkpoint, "evaluate", "checkpoint .* cannot be read"),
@@ -485,7 +491,11 @@ def test_a_bad_input_is_one_sentence_and_code_2(whole, tmp_path, case):
     assert sentence.endswith(".")
     assert "\n" not in sentence
     after = {path for path in tmp_path.rglob("*") if not path.name.startswith(".")}
-    assert {path.stem for path in after - before} <= {"table", "gaps"}  # the pictures come last
+    assert {path.stem for path in after - before} <= {
+        "table",
+        "gaps",
+        "datapoints",
+    }  # the pictures come last
 
 
 @pytest.mark.parametrize("name", ["../outside", "a/b", "", "/tmp/a", "a" * 300])
