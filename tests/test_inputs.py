@@ -126,6 +126,13 @@ def densities(**changed):
     return lambda workdir: np.savez(workdir / "posteriors.npz", **arrays(**changed))
 
 
+def array(value):
+    """The content of an npy file, of one array."""
+    content = io.BytesIO()
+    np.save(content, value)
+    return content.getvalue()
+
+
 def objects(workdir):
     """An npz with code in it."""
     content = io.BytesIO()
@@ -432,7 +439,7 @@ INPUTS = {
     "posteriors.npz, texts": (densities(log_px=np.array(["a", "b"])), "report", TORN),
     "images.npz, empty": (text("images.npz", ""), "report", TORN.replace("posteriors", "images")),
     "images.npz, one array": (
-        lambda workdir: np.save((workdir / "images.npz").open("wb"), np.zeros(3)),
+        text("images.npz", array(np.zeros(3))),
         "report",
         TORN.replace("posteriors", "images"),
     ),
