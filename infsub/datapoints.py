@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
@@ -21,6 +22,40 @@ def _block(function, static, key, indices, xs, args):
         return function(jax.random.fold_in(key, index), x, *args, **dict(static))
 
     return jax.vmap(one)(indices, xs)
+
+
+# The most datapoints at a time that fitted into memory, of programs that ran out of it.
+_FITTED: dict[Any, int] = {}
+
+
+def _fitted(run: Callable[..., Any], code: Any, inputs: Any) -> Any:
+    """run(*inputs) of inputs [B, …] as numpy arrays, in parts where the device's memory is too small.
+
+    code: what the program is compiled for; its next block is halved from the start.
+
+    Raises:
+      MemoryError: one datapoint a device is too many.
+    """
+    size, devices = len(jax.tree.leaves(inputs)[0]), len(jax.local_devices())
+    if size <= _FITTED.get(code, size):
+        try:
+            return jax.tree.map(np.asarray, run(*inputs))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            if size <= devices:
+                raise MemoryError(
+                    "one datapoint does not fit into the device's memory: take fewer samples or chains"
+                ) from error
+        half = -(-size // (2 * devices)) * devices
+        text = f"out of memory with {size} datapoints at a time: going on with {half}"
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
+        _FITTED[code] = half
+    half = -(-size // (2 * devices)) * devices
+    # Two of the same shape, which overlap where the whole is odd: one compilation.
+    first = _fitted(run, code, jax.tree.map(lambda leaf: leaf[:half], inputs))
+    last = _fitted(run, code, jax.tree.map(lambda leaf: leaf[size - half :], inputs))
+    return jax.tree.map(lambda a, b: np.concatenate([a, b[2 * half - size :]]), first, last)
 
 
 def number_of(xs: Any) -> int:
@@ -63,10 +98,12 @@ def map_datapoints(
       progress: called after each block with (datapoints done, N).
 
     Returns:
-      What `function` returns, each leaf with a leading [N], as numpy arrays.
+      What `function` returns, each leaf with a leading [N], as numpy arrays. Where a block does not
+      fit into memory it is halved, with a warning, and the numbers are the same.
 
     Raises:
       ValueError: xs is empty, its leaves disagree on N, or block_size < 1.
+      MemoryError: one datapoint a device does not fit into memory.
     """
     num_points = number_of(xs)
     indices = np.arange(num_points) if indices is None else np.asarray(indices)
@@ -80,13 +117,17 @@ def map_datapoints(
     mesh = jax.make_mesh((len(devices),), ("block",), axis_types=(AxisType.Auto,), devices=devices)
     sharding = NamedSharding(mesh, PartitionSpec("block"))
 
+    code = (function, tuple(static.items()))
+
+    def run(*inputs: Any) -> Any:
+        return _block(*code, key, *jax.device_put(inputs, sharding), args)
+
     results = []
     for start in range(0, num_points, block_size):
         # The last block is filled up with copies of its last datapoint: one shape, one compilation.
         rows = np.minimum(np.arange(start, start + block_size), num_points - 1)
         xs_block = jax.tree.map(lambda leaf, rows=rows: jnp.asarray(leaf)[rows], xs)
-        inputs = jax.device_put((jnp.asarray(indices[rows]), xs_block), sharding)
-        result = _block(function, tuple(static.items()), key, *inputs, args)
+        result = _fitted(run, code, (jnp.asarray(indices[rows]), xs_block))
         stop = min(start + block_size, num_points)
         results.append(jax.tree.map(lambda leaf, n=stop - start: np.asarray(leaf)[:n], result))
         if progress is not None:

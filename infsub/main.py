@@ -17,6 +17,7 @@ import math
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,12 +91,23 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def hush() -> None:
-    """Background threads that write checkpoints do not print what goes wrong: it is raised to us too."""
+    """Warnings as sentences; background threads do not print what goes wrong: it is raised to us too."""
     logging.get_absl_logger().addFilter(
         lambda record: record.levelname != "ERROR" or _ORBAX not in record.pathname
     )
+    warnings.showwarning = functools.partial(_in_a_sentence, warnings.showwarning)
     for module, name in ((sys, "unraisablehook"), (threading, "excepthook")):
         setattr(module, name, functools.partial(_unless_known, getattr(module, name)))
+
+
+def _in_a_sentence(
+    hook: Callable[..., None], message: Any, category: type[Warning], filename: str, *rest: Any
+) -> None:
+    """Our own warnings without the line of code that they come from."""
+    if category is RuntimeWarning and str(message).startswith("out of memory"):
+        files.say(f"{message}.")
+    else:
+        hook(message, category, filename, *rest)
 
 
 def _unless_known(hook: Callable[[Any], None], raised: Any) -> None:
@@ -139,6 +151,8 @@ def main(_: list[str]) -> int:
         elif isinstance(error, OSError):
             where = error.filename or workdir
             files.say(f"{where} cannot be used ({error.strerror}): mend or remove it.")
+        elif isinstance(error, MemoryError):
+            files.say(f"{error or 'out of memory'}; all whole rows are kept.")
         else:
             raise
         return 1

@@ -15,6 +15,7 @@ from jax.tree_util import Partial
 from models import linear_gaussian
 
 import infsub
+from infsub import datapoints
 from infsub.types import Gaussian, Target
 
 MODEL = linear_gaussian(4, 8)
@@ -83,27 +84,84 @@ def test_equal_static_values_share_one_compilation():
 
 
 def test_several_devices_give_the_same_numbers(whole, tmp_path):
+    """Blocks that the devices do not divide, a last one that is ragged, fewer datapoints than devices."""
     script = tmp_path / "devices.py"
     script.write_text(
         "import jax, numpy as np, sys\n"
         "from test_datapoints import XS, MODEL, point\n"
         "import infsub\n"
-        "assert jax.device_count() == 3\n"
-        "out = infsub.map_datapoints(point, jax.random.key(1), XS, MODEL, block_size=5)\n"
-        "np.save(sys.argv[1], out.log_px)\n"
+        "assert jax.device_count() == 4\n"
+        "def mapped(xs, size):\n"
+        "    return infsub.map_datapoints(point, jax.random.key(1), xs, MODEL, block_size=size).log_px\n"
+        "np.savez(sys.argv[1], ragged=mapped(XS, 5), one_block=mapped(XS, 99), few=mapped(XS[:3], 8))\n"
     )
     env = os.environ | {
-        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=3",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(Path(__file__).parent),
     }
     result = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "out.npy")],
+        [sys.executable, str(script), str(tmp_path / "out.npz")],
         env=env, capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), whole.log_px, atol=2e-4)
+    with np.load(tmp_path / "out.npz") as found:
+        for name in ("ragged", "one_block", "few"):
+            want = whole.log_px[: found[name].size]
+            np.testing.assert_allclose(found[name], want, atol=2e-4)
+        assert [found[name].size for name in ("ragged", "few")] == [23, 3]
+
+
+def with_memory_for(size, monkeypatch):
+    """A device that runs out of memory beyond so many datapoints; the sizes that it ran."""
+    block, ran = datapoints._block, []
+
+    def limited(*arguments):
+        ran.append(arguments[-3].shape[0])
+        if ran[-1] > size:
+            raise jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."
+            )
+        return block(*arguments)
+
+    monkeypatch.setattr(datapoints, "_block", limited)
+    monkeypatch.setattr(datapoints, "_FITTED", {})
+    return ran
+
+
+@pytest.mark.parametrize("size", [1, 5, 7])
+def test_out_of_memory_halves_the_block_and_goes_on_with_the_same_numbers(whole, monkeypatch, size):
+    ran = with_memory_for(size, monkeypatch)
+    told = r"out of memory with \d+ datapoints at a time: going on with"
+    with pytest.warns(RuntimeWarning, match=told) as warned:
+        halved = infsub.map_datapoints(point, jax.random.key(1), XS, MODEL, block_size=13)
+    np.testing.assert_allclose(halved.log_px, whole.log_px, atol=2e-4)
+    np.testing.assert_allclose(halved.log_weights, whole.log_weights, atol=1e-3)
+    tried = [n for n in ran if n > size]
+    assert tried == sorted(set(tried), reverse=True)  # each once; later blocks are halved at once
+    assert len(warned) == len(tried)
+    ran.clear()
+    infsub.map_datapoints(point, jax.random.key(1), XS, MODEL, block_size=13)
+    assert max(ran) <= size  # nor in a later call
+
+
+def test_a_datapoint_that_never_fits_is_a_sentence(monkeypatch):
+    with_memory_for(0, monkeypatch)
+    with (
+        pytest.warns(RuntimeWarning, match="out of memory with"),
+        pytest.raises(MemoryError, match="one datapoint does not fit into the device's memory"),
+    ):
+        infsub.map_datapoints(point, jax.random.key(1), XS, MODEL, block_size=4)
+
+
+def test_an_error_of_another_kind_is_left_as_it_is(monkeypatch):
+    def broken(*_):
+        raise jax.errors.JaxRuntimeError("INTERNAL: no")
+
+    monkeypatch.setattr(datapoints, "_block", broken)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        infsub.map_datapoints(point, jax.random.key(1), XS, MODEL)
 
 
 def test_one_bad_datapoint_leaves_the_others_alone():

@@ -1,0 +1,41 @@
+"""How many datapoints a dispatch works on."""
+
+from __future__ import annotations
+
+import pytest
+
+from infsub import subjects
+
+
+class Device:
+    """An accelerator with so many GiB, or one that does not say."""
+
+    def __init__(self, gibibytes):
+        self._stats = gibibytes and {"bytes_limit": gibibytes * 2**30}
+
+    def memory_stats(self):
+        return self._stats
+
+
+@pytest.mark.parametrize(
+    ("gibibytes", "rows"),
+    [
+        ([80], 16_000),
+        ([8], 7168),
+        ([0.001], 1),
+        ([None], 16_000),
+        ([80] * 8, 128_000),
+        ([80, 8], 14_336),
+    ],
+)
+def test_rows_fill_the_smallest_device_s_memory(gibibytes, rows):
+    assert subjects._rows_of_memory([Device(each) for each in gibibytes]) == rows
+
+
+@pytest.mark.parametrize("num_points", [1, 7, 20, 21, 1000])
+def test_blocks_are_of_equal_size_and_within_the_limit(num_points):
+    block, chunk = subjects.sizes(num_points, 16, 8)
+    assert 1 <= block <= 8
+    assert chunk >= 1
+    num_blocks = -(-num_points // block)
+    assert num_blocks * block - num_points < num_blocks  # the last one lacks less than one each
