@@ -9,6 +9,7 @@ not carry flock from host to host (some NFS), that sign is what keeps a second h
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shlex
 import socket
@@ -21,6 +22,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from infsub import signals
 from infsub.files import duration, is_full, read_json, say, write_json
 from infsub.types import UserError
 
@@ -31,7 +33,13 @@ POLL = 1.0  # seconds between two looks at a lock that is waited for
 
 
 class Held(UserError):
-    """Another process does it."""
+    """Another process does it.
+
+    Attributes:
+      silent: it is of another host and may be dead: the operating system says that nobody holds it.
+    """
+
+    silent = False
 
 
 @contextlib.contextmanager
@@ -53,28 +61,38 @@ def owned(folder: Path, activity: str, patience: float = 0.0) -> Iterator[None]:
     ended = threading.Event()
     try:
         write_json(note, _here())
+        # A signal leaves no note that would hold up the same job on another host.
+        ending = signals.at_end(functools.partial(note.unlink, missing_ok=True))
         threading.Thread(target=_show_life, args=(note, ended), daemon=True).start()
         try:
             yield
         finally:
             ended.set()
+            ending()
             note.unlink(missing_ok=True)
     finally:
         lock.release()
 
 
 def _acquire(folder: Path, activity: str, lock: FileLock, note: Path, patience: float) -> None:
-    deadline, told = time.monotonic() + patience, False
+    start, told = time.monotonic(), False
     while True:
         try:
             return _try(folder, activity, lock, note)
         except Held as error:
-            if time.monotonic() >= deadline:
+            # A job that starts anew on another host has nobody who tries again after a while.
+            batch = PRESUMED_DEAD + SIGN_OF_LIFE if error.silent and _in_a_job() else 0.0
+            longest = max(patience, batch)
+            if time.monotonic() - start >= longest:
                 raise
-            if patience > 60 and not told:
+            if longest > 60 and not told:
                 say(f"waiting, for {error}")
                 told = True
-        time.sleep(min(POLL, max(patience / 100, 0.01)))
+        time.sleep(min(POLL, max(longest / 100, 0.01)))
+
+
+def _in_a_job() -> bool:
+    return any(name in os.environ for name in ("SLURM_JOB_ID", "JOB_COMPLETION_INDEX"))
 
 
 def _try(folder: Path, activity: str, lock: FileLock, note: Path) -> None:
@@ -92,7 +110,9 @@ def _try(folder: Path, activity: str, lock: FileLock, note: Path) -> None:
     before = _read(note)
     if before and before["host"] != socket.gethostname() and _age(note) < PRESUMED_DEAD:
         lock.release()
-        raise Held(_held(folder, activity, before, alive=False))
+        silent = Held(_held(folder, activity, before, alive=False))
+        silent.silent = True
+        raise silent
 
 
 def refuse_others(folder: Path, activities: str, patience: float = 0.0) -> None:

@@ -36,6 +36,7 @@ class Request:
 
 
 _listening: list[Request] = []
+_actions: list[Callable[[], None]] = []
 _watching = False
 
 
@@ -71,7 +72,21 @@ def _read(reader: int) -> None:
             timer.start()
 
 
+def at_end(action: Callable[[], None]) -> Callable[[], None]:
+    """Calls `action` before a signal ends the process; what is returned takes that back."""
+    _actions.append(action)
+
+    def take_back() -> None:
+        with contextlib.suppress(ValueError):
+            _actions.remove(action)
+
+    return take_back
+
+
 def _end(number: int) -> None:
+    for action in list(_actions):
+        with contextlib.suppress(Exception):
+            action()
     # Straight to the descriptor: the main thread may hold the locks of sys.stderr.
     text = b"\ninfsub: stopped; all that was finished is kept, the same command continues.\n"
     with contextlib.suppress(OSError):

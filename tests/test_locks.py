@@ -111,6 +111,35 @@ def test_another_host_that_shows_life_keeps_it_and_a_silent_one_does_not(tmp_pat
         pass
 
 
+def test_a_job_waits_until_another_host_is_presumed_dead(tmp_path, monkeypatch):
+    """SLURM starts it anew on another host at once; there is nobody who would try again later."""
+    owner = {"host": "elsewhere", "pid": 7, "since": "noon", "command": "infsub"}
+    files.write_json(tmp_path / ".training.json", owner)
+    monkeypatch.setattr(locks, "PRESUMED_DEAD", 0.5)
+    monkeypatch.setattr(locks, "SIGN_OF_LIFE", 0.1)
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    start = time.monotonic()
+    with locks.owned(tmp_path, "training"):
+        assert 0.3 < time.monotonic() - start < 5
+    # One that lives on this host is refused at once all the same.
+    with locks.owned(tmp_path, "training"), pytest.raises(UserError, match="is held by"):
+        locks.owned(tmp_path, "training").__enter__()
+
+
+def test_a_signal_leaves_no_note(tmp_path):
+    program = HOLD.replace("with locks", "from infsub import signals\nsignals.watch()\nwith locks")
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    assert (tmp_path / ".training.json").exists()
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert process.returncode == 143
+    assert not (tmp_path / ".training.json").exists()
+
+
 def test_an_owner_shows_life(tmp_path, monkeypatch):
     monkeypatch.setattr(locks, "SIGN_OF_LIFE", 0.01)
     note = tmp_path / ".training.json"

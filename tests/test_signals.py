@@ -122,6 +122,17 @@ def test_noted_work_may_save_first(number):
     assert (out, process.returncode) == ("saved\n", CODES[number])
 
 
+def test_what_is_to_be_done_at_the_end_is_done_once_each_and_may_fail():
+    program = """
+signals.at_end(lambda: 1 / 0)
+signals.at_end(lambda: print("first", flush=True))
+signals.at_end(lambda: print("taken back", flush=True))()
+"""
+    process = start(program + BUSY.format(work=WORK["Python"]))
+    process.send_signal(signal.SIGTERM)
+    assert (ended(process)[0], process.returncode) == ("first\n", 143)
+
+
 def test_noted_work_that_does_not_end_is_ended(monkeypatch):
     program = SAVES.replace("signals.watch()", "signals.GRACE = 0.2; signals.watch()")
     process = start(program.replace("while not stop.number", "while True"))
