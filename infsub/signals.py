@@ -84,7 +84,7 @@ def at_end(action: Callable[[], None]) -> Callable[[], None]:
 
 
 def _end(number: int) -> None:
-    for action in list(_actions):
+    for action in _actions.copy():
         with contextlib.suppress(Exception):
             action()
     # Straight to the descriptor: the main thread may hold the locks of sys.stderr.
