@@ -5,7 +5,7 @@ from infsub import signals
 if signals.is_command():  # the library leaves signals alone; the command hears them from here on
     signals.watch()
 
-from infsub import posteriors
+from infsub import data, densities, gaps, grids, posteriors
 from infsub.ais import ais, ais_with_info
 from infsub.bdmc import bdmc, reverse_ais
 from infsub.bounds import elbo, iwae
@@ -37,7 +37,11 @@ __all__ = [
     "bdmc",
     "check",
     "compare",
+    "data",
+    "densities",
     "elbo",
+    "gaps",
+    "grids",
     "iwae",
     "laplace",
     "laplace_with_info",

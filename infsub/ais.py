@@ -18,6 +18,7 @@ from jax.tree_util import Partial
 
 from infsub import densities, hmc, linalg
 from infsub.bounds import log_joint, log_likelihood, log_mean_exp
+from infsub.samplers import as_sampler
 from infsub.schedules import equal_distances, schedule_betas, smooth
 from infsub.types import Array, Estimate, Gaussian, Key, Target, positive_int
 
@@ -324,9 +325,10 @@ def checked_settings(
 ) -> Settings:
     """The arguments of `ais` as Settings, or an error that names the one that cannot be."""
     if q is not None and not isinstance(q, Gaussian):
+        as_sampler(q)  # what is no q at all is told so
         raise TypeError(
             "q must be a Gaussian(mean, scale), whose density AIS can anneal, or None for the "
-            f"prior; got {type(q).__name__}"
+            f"prior; got {type(q).__name__}: take posteriors.moment_matched(key, q)"
         )
     if adaptation not in ADAPTATIONS:
         raise ValueError(f"adaptation must be one of {', '.join(ADAPTATIONS)}; got {adaptation!r}")

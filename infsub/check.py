@@ -150,7 +150,8 @@ def check(
     if not lacks:
         indices = np.arange(num_points)
         covariates = jax.tree.map(lambda leaf: leaf[indices % rows.size], data)
-        pairs = map_datapoints(pair, key_pairs, (indices, covariates), model, params)
+        inputs = (indices, covariates)
+        pairs = map_datapoints(pair, key_pairs, inputs, model, params, warn=False)
         pairs, bad = mistakes.usable(pairs)
         findings += bad
         lacks = "whose simulated pairs cannot be used"
@@ -163,7 +164,7 @@ def check(
 
     inputs = pairs.x if data is None and pairs is not None else data
     if inputs is not None:
-        outputs, scale = map_datapoints(encode_twice, key_encode, inputs, model, params)
+        outputs, scale = map_datapoints(encode_twice, key_encode, inputs, model, params, warn=False)
         findings += mistakes_on_data.encoder_outputs(outputs, scale, rows)
 
     size, calibration = _size(data, pairs), None
@@ -179,7 +180,7 @@ def check(
         calibration, notes = mistakes.calibration(key_ranks, pairs)
         findings += notes
     if data is not None and not any(f.name in _NO_Q for f in findings):
-        on = map_datapoints(on_data, key_data, data, model, params)
+        on = map_datapoints(on_data, key_data, data, model, params, warn=False)
         on, bad = mistakes_on_data.unfinished(on, rows)
         findings += bad
         if pairs is None and on.elbo.size > 1:

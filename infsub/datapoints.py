@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping
-from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -13,13 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from infsub.types import Key, positive_int
+from infsub import data, files
+from infsub.programs import Program, call
+from infsub.types import Estimate, Key, positive_int
+
+_NUM_NAMED = 10  # datapoints that a warning names
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _block(function, static, key, indices, xs, args):
+@functools.partial(jax.jit, static_argnums=0)
+def _block(code, key, indices, xs, arrays):
     def one(index, x):
-        return function(jax.random.fold_in(key, index), x, *args, **dict(static))
+        return call(code, arrays, jax.random.fold_in(key, index), x)
 
     return jax.vmap(one)(indices, xs)
 
@@ -58,8 +62,41 @@ def _fitted(run: Callable[..., Any], code: Any, inputs: Any) -> Any:
     return jax.tree.map(lambda a, b: np.concatenate([a, b[2 * half - size :]]), first, last)
 
 
+def _swapped(program: Program, key: Key, xs: Any) -> bool:
+    """Whether the function takes (x, key), not (key, x)."""
+    x = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), xs)
+    try:
+        jax.eval_shape(lambda key, x: call(program.code, program.arrays, x, key), key, x)
+    except Exception:
+        return False
+    return True
+
+
+def _not_finite(result: Any, num_points: int) -> np.ndarray:
+    """[N] of bool: the datapoints with a number that is not finite; of an Estimate the bound counts.
+
+    The fields beside it are NaN where they do not apply.
+    """
+    bad = np.zeros(num_points, bool)
+    for leaf in jax.tree.leaves(result, is_leaf=lambda part: isinstance(part, Estimate)):
+        values = np.asarray(leaf.log_px if isinstance(leaf, Estimate) else leaf)
+        if np.issubdtype(values.dtype, np.inexact):
+            bad |= ~np.isfinite(values).reshape(num_points, -1).all(axis=1)
+    return bad
+
+
 def number_of(xs: Any) -> int:
-    """N of a pytree of arrays [N, …]. Raises ValueError where it is empty or its leaves disagree."""
+    """N of a pytree of arrays [N, …].
+
+    Raises:
+      ValueError: it is empty or its leaves disagree.
+      TypeError: it is a part of a data set, whose images are packed.
+    """
+    if isinstance(xs, data.Images | data.Split | data.Dataset):
+        raise TypeError(
+            f"xs must be arrays [N, …]; got infsub.data's {type(xs).__name__}, which keeps its images "
+            "packed: take some of them, such as dataset.test[:100]"
+        )
     leaves = jax.tree.leaves(xs)
     sizes = {np.shape(leaf)[0] if np.ndim(leaf) else 0 for leaf in leaves}
     if len(sizes) != 1 or sizes == {0}:
@@ -78,24 +115,30 @@ def map_datapoints(
     static: Mapping[str, Any] = MappingProxyType({}),
     block_size: int | None = None,
     indices: Any = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: bool | str | Callable[[int, int], None] | None = None,
+    warn: bool = True,
 ) -> Any:
     """function(fold_in(key, index), x, *args, **static) for every datapoint, in bounded memory.
 
     A datapoint's key depends on its index alone, so its result does not depend on the block it falls
-    in, on the number of devices, or on which other datapoints are evaluated. It compiles once.
+    in, on the number of devices, or on which other datapoints are evaluated. It compiles once, and
+    not anew for equal partials of one function: what is bound to them are arguments.
 
     Args:
-      function: (key, x, *args) -> any pytree; a function defined once (a new one compiles anew).
+      function: (key, x, *args) -> any pytree; a function or a partial of it, a module. Defined once:
+        a function defined anew compiles anew.
       key: of the whole data set.
-      xs: a pytree of arrays [N, …].
-      *args: passed to every datapoint: parameters travel here, as arguments.
+      xs: a pytree of arrays [N, …]; numpy's go to the device block by block.
+      *args: passed to every datapoint: parameters travel here, as arguments, in any pytree. It is
+        compiled for leaves that are no arrays, such as a module's functions, sizes and truth values.
       static: passed to every datapoint by name, and compiled for: hashable values, of which equal
         ones compile once.
       block_size: datapoints at a time; None is 64 on a CPU, 1024 on an accelerator, rounded up to a
         multiple of the number of devices, which share each block.
       indices: [N], data set indices that key the datapoints; None is 0 … N−1.
-      progress: called after each block with (datapoints done, N).
+      progress: True, or a word for what is done, draws a bar with the time left on stderr; or a
+        function called after each block with (datapoints done, N).
+      warn: of results that are not finite, by index.
 
     Returns:
       What `function` returns, each leaf with a leading [N], as numpy arrays. Where a block does not
@@ -104,11 +147,17 @@ def map_datapoints(
     Raises:
       ValueError: xs is empty, its leaves disagree on N, or block_size < 1.
       MemoryError: one datapoint a device does not fit into memory.
+      TypeError: xs is a data set's; the function takes x before key; progress is none of these.
     """
     num_points = number_of(xs)
     indices = np.arange(num_points) if indices is None else np.asarray(indices)
     if indices.shape != (num_points,):
         raise ValueError(f"indices must have shape [N={num_points}]; got {indices.shape}")
+    if not (progress is None or isinstance(progress, bool | str) or callable(progress)):
+        raise TypeError(
+            "progress must be True, a word, or a function called with (datapoints done, N); got "
+            f"{progress!r}"
+        )
     if block_size is None:
         block_size = 64 if jax.default_backend() == "cpu" else 1024
     devices = jax.local_devices()
@@ -117,19 +166,46 @@ def map_datapoints(
     mesh = jax.make_mesh((len(devices),), ("block",), axis_types=(AxisType.Auto,), devices=devices)
     sharding = NamedSharding(mesh, PartitionSpec("block"))
 
-    code = (function, tuple(static.items()))
+    program = Program(function, args, static)
 
     def run(*inputs: Any) -> Any:
-        return _block(*code, key, *jax.device_put(inputs, sharding), args)
+        return _block(program.code, key, *jax.device_put(inputs, sharding), program.arrays)
 
+    bar = None
+    if progress and not callable(progress):
+        label = progress if isinstance(progress, str) else "datapoints"
+        bar = files.Progress(num_points, label, unit="datapoint")
+        bar.begin("compiling")
     results = []
     for start in range(0, num_points, block_size):
         # The last block is filled up with copies of its last datapoint: one shape, one compilation.
-        rows = np.minimum(np.arange(start, start + block_size), num_points - 1)
-        xs_block = jax.tree.map(lambda leaf, rows=rows: jnp.asarray(leaf)[rows], xs)
-        result = _fitted(run, code, (jnp.asarray(indices[rows]), xs_block))
+        chosen = np.minimum(np.arange(start, start + block_size), num_points - 1)
+        # numpy's are cut on the host: on the device they would be copied there whole, each time.
+        xs_block = jax.tree.map(lambda leaf, chosen=chosen: _rows(leaf, chosen), xs)
+        try:
+            result = _fitted(run, program.code, (indices[chosen], xs_block))
+        except (TypeError, ValueError) as error:
+            if not results and _swapped(program, key, xs):
+                raise TypeError(
+                    "function must take (key, x, …), the datapoint's key first; it takes (x, key, …)"
+                ) from error
+            raise
         stop = min(start + block_size, num_points)
         results.append(jax.tree.map(lambda leaf, n=stop - start: np.asarray(leaf)[:n], result))
-        if progress is not None:
+        if bar is not None:
+            bar.update(stop)
+        elif callable(progress):
             progress(stop, num_points)
-    return jax.tree.map(lambda *blocks: np.concatenate(blocks), *results)
+    if bar is not None:
+        bar.close()
+    result = jax.tree.map(lambda *blocks: np.concatenate(blocks), *results)
+    if warn and (bad := indices[_not_finite(result, num_points)]).size:
+        named = ", ".join(map(str, bad[:_NUM_NAMED].tolist()))
+        rest = f" and {bad.size - _NUM_NAMED} more" if bad.size > _NUM_NAMED else ""
+        text = f"results are not finite at {bad.size} of {num_points} datapoints: {named}{rest}"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+    return result
+
+
+def _rows(leaf: Any, chosen: np.ndarray) -> Any:
+    return leaf[chosen] if isinstance(leaf, jax.Array) else np.asarray(leaf)[chosen]

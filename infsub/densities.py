@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +73,7 @@ def _softplus_jvp(primals, tangents):  # pyright: ignore
     return _softplus(a), jax.nn.sigmoid(a) * da
 
 
-def bernoulli_logits(x: Pixels, logits: Pixels) -> Scalar:
+def bernoulli_logits(x: Any, logits: Pixels) -> Scalar:
     """log p(x) = Σ x·l − log(1 + eˡ) for independent bits x in {0, 1} (or means in [0, 1]), any shape -> [].
 
     Its gradient in the logits is x − sigmoid(l), computed without forming the value.

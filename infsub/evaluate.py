@@ -93,7 +93,7 @@ def _evaluate(
     static = {"settings": configs.measured(settings, chunk_size)}
 
     def mapped(function: Any, key: Key, xs: Any, indices: np.ndarray) -> dict[str, Any]:
-        options = {"static": static, "block_size": block_size, "indices": indices}
+        options = {"static": static, "block_size": block_size, "indices": indices, "warn": False}
         return map_datapoints(function, key, xs, variables, subject_of(vae, own), **options)
 
     def images(block: np.ndarray) -> np.ndarray:

@@ -66,6 +66,13 @@ class Progress:
             else None
         )
 
+    def begin(self, note: str) -> None:
+        """Says at once what is going on before the first units of work are done."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(note)
+        else:
+            print(f"{self._label}: {self.total} {self._unit}s, {note}", file=sys.stderr, flush=True)
+
     def update(self, done: int, note: str = "") -> None:
         """Shows that `done` units of work are done in all; `note` is put beside."""
         now, self.done = time.monotonic(), done

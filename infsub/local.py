@@ -23,6 +23,7 @@ from infsub.types import (
     Params,
     Posterior,
     Sample,
+    Sampler,
     Target,
     as_partial,
     increasing_steps,
@@ -103,11 +104,11 @@ class LocalResult(NamedTuple):
 def optimize_local(
     key: Key,
     target: Target,
-    posterior: Posterior,
+    posterior: Posterior | str,
     params: Params | None = None,
     rule: str | Rule = "fast",
     *,
-    start: Gaussian | None = None,
+    start: Gaussian | Sampler | Any = None,
     num_final_samples: int = 5000,
     **changes: Any,
 ) -> LocalResult:
@@ -116,13 +117,15 @@ def optimize_local(
     Args:
       key: of this datapoint.
       target: p(z) p(x|z) for one x.
-      posterior: the family Q; all of its params, "encoded" and "shared", are fitted.
+      posterior: the family Q, or its name in `posteriors.FAMILIES`; all of its params, "encoded" and
+        "shared", are fitted.
       params: where to start, such as `posteriors.with_gaussian(posterior.init(key), encoder(x))`;
         None starts at `posterior.init`, a standard normal.
       rule: "fast" (natural steps for a posterior that knows its natural gradient, else Adam),
         "authors" (Adam 1e-3, 100 samples, stop after 10 windows of 100 steps without improvement),
         or a Rule.
-      start: a Gaussian to start from in place of params, such as the encoder's or `laplace`'s.
+      start: a q to start from in place of params, such as the encoder's or `laplace`'s; of one that
+        is no Gaussian, the Gaussian of its moments.
         It is first fitted itself, with full covariance for a posterior that can be such a Gaussian,
         and the posterior is placed there: `posteriors.start`.
       num_final_samples: K of the returned bounds.
@@ -135,8 +138,10 @@ def optimize_local(
       ValueError: an unknown rule, a size below 1, both params and start, a posterior without the
         sticking-the-landing or natural gradient under a rule that wants it, or params that are not
         this posterior's.
-      TypeError: an unknown field of the rule, or a density that returns no scalar.
+      TypeError: an unknown field of the rule, a density that returns no scalar, a start that is no q,
+        or a posterior that is neither a Posterior nor a name.
     """
+    posterior = _as_posterior(posterior, target)
     if rule == "fast" and posterior.natural is not None:
         rule = _NATURAL
     rule = _checked_rule(rule, changes)
@@ -145,6 +150,9 @@ def optimize_local(
     if start is not None:
         if params is not None:
             raise ValueError("params and start are two places to start from: give one")
+        if not isinstance(start, Gaussian):
+            key_init, key_moments = jax.random.split(key_init)
+            start = posteriors.moment_matched(key_moments, start)
         densities.check_gaussian(start)
         key_init, key_fit = jax.random.split(key_init)
         if posterior.natural is None:
@@ -156,6 +164,23 @@ def optimize_local(
     num_final_samples = positive_int("num_final_samples", num_final_samples)
     found = _optimize(key, target, posterior, params, rule, num_final_samples)
     return found._replace(num_steps=num_steps + found.num_steps)
+
+
+def _as_posterior(posterior: Posterior | str, target: Target) -> Posterior:
+    """A family by its name, or as it is.
+
+    Raises:
+      ValueError: an unknown name.
+      TypeError: it is neither.
+    """
+    if isinstance(posterior, str):
+        return posteriors.make(posterior, target.latent_dim, target=target)
+    if not isinstance(posterior, Posterior):
+        raise TypeError(
+            "posterior must be a Posterior(init, sample), such as posteriors.planar(latent_dim), or a "
+            f"name, {' | '.join(posteriors.FAMILIES)}; got {type(posterior).__name__}"
+        )
+    return posterior
 
 
 def _best_gaussian(
@@ -174,7 +199,7 @@ def _best_gaussian(
 def local_curve(
     key: Key,
     target: Target,
-    posterior: Posterior,
+    posterior: Posterior | str,
     params: Params,
     steps: Sequence[int],
     rule: str | Rule = "fast",
@@ -206,6 +231,7 @@ def local_curve(
       ValueError: steps that are not increasing integers of at least 0, or as in `optimize_local`.
       TypeError: a density that returns no scalar.
     """
+    posterior = _as_posterior(posterior, target)
     steps, rule = increasing_steps("steps", steps), _checked_rule(rule, {})
     posterior, params = _checked_start(key, posterior, params, rule)
     # Arrays: how many steps there are compiles nothing anew.

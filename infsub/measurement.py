@@ -263,7 +263,6 @@ def measure(
     settings = settings._replace(chunk_size=chunk_size)
 
     def mapped(function: Any, label: str, number: Stream, xs: Any, indices: Any) -> list[Any]:
-        shown = files.Progress(len(indices), label, unit="datapoint") if progress else None
         columns = map_datapoints(
             function,
             stream(key, number),
@@ -273,10 +272,9 @@ def measure(
             static={"settings": settings},
             block_size=block_size,
             indices=indices,
-            progress=shown and (lambda done, _: shown.update(done)),
+            progress=label if progress else None,
+            warn=False,  # the table and its flags say it
         )
-        if shown:
-            shown.close()
         return rows.to_json({rows.INDEX: indices} | columns)
 
     measured = mapped(subjects.bounds, "measuring", Stream.ROWS, xs, indices)

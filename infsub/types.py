@@ -58,6 +58,15 @@ def increasing_steps(name: str, value: Any) -> tuple[int, ...]:
     return steps
 
 
+def _check_density(name: str, density: Any, wanted: str) -> None:
+    """A TypeError unless it is a function; a distribution object is none, though some are callable."""
+    if hasattr(density, "log_prob"):
+        kind = type(density).__name__
+        raise TypeError(f"{name} must be {wanted}; got a distribution: write {kind}(…).log_prob")
+    if not callable(density):
+        raise TypeError(f"{name} must be {wanted}; got {density!r}")
+
+
 @jax.tree_util.register_pytree_node_class
 class Target:
     """The unnormalised posterior of one datapoint, p(z) p(x|z) for a fixed x.
@@ -91,12 +100,9 @@ class Target:
         outputs: Callable[[Array], Any] | None = None,
         log_likelihood_of_outputs: Callable[[Any], Array] | None = None,
     ) -> None:
-        if log_prior is not None and not callable(log_prior):
-            raise TypeError(
-                f"log_prior must be a function of z [D], or None for N(0, I); got {log_prior!r}"
-            )
-        if not callable(log_likelihood):
-            raise TypeError(f"log_likelihood must be a function of z [D]; got {log_likelihood!r}")
+        if log_prior is not None:
+            _check_density("log_prior", log_prior, "a function of z [D], or None for N(0, I)")
+        _check_density("log_likelihood", log_likelihood, "a function of z [D]")
         self.log_prior = None if log_prior is None else as_partial(log_prior)
         self.log_likelihood = as_partial(log_likelihood)
         self.latent_dim = positive_int("latent_dim", latent_dim)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -181,11 +183,10 @@ def test_one_bad_datapoint_leaves_the_others_alone():
 
     good = -jnp.abs(jax.random.normal(jax.random.key(0), (8, 2)))
     bad = good.at[jnp.array([2, 5]), 0].set(3.0)
-    for before, after in zip(
-        infsub.map_datapoints(estimates, jax.random.key(0), good),
-        infsub.map_datapoints(estimates, jax.random.key(0), bad),
-        strict=True,
-    ):
+    want = infsub.map_datapoints(estimates, jax.random.key(0), good)
+    with pytest.warns(RuntimeWarning, match="not finite at 2 of 8 datapoints: 2, 5"):
+        got = infsub.map_datapoints(estimates, jax.random.key(0), bad)
+    for before, after in zip(want, got, strict=True):
         assert set(np.flatnonzero(~np.isfinite(after))) == {2, 5}
         np.testing.assert_array_equal(np.delete(after, [2, 5]), np.delete(before, [2, 5]))
 
@@ -210,3 +211,114 @@ def test_a_pytree_of_data():
 def test_bad_arguments_are_named(xs, options, message):
     with pytest.raises(ValueError, match=message):
         infsub.map_datapoints(lambda key, x: x, jax.random.key(0), xs, **options)
+
+
+class Layer(NamedTuple):
+    """A module as Equinox's: arrays, a function, a size and a truth value, all leaves of one pytree."""
+
+    weight: jax.Array
+    activation: Any
+    repeats: int
+    training: bool
+
+    def __call__(self, x):
+        if self.training:
+            raise ValueError("in training")
+        for _ in range(self.repeats):
+            x = self.activation(self.weight @ x)
+        return x
+
+
+def test_modules_travel_and_are_compiled_for_what_is_no_array():
+    traces = []
+
+    def applied(key, x, layer):
+        traces.append(1)
+        return layer(x)
+
+    weight = jnp.eye(8)
+    for scale, repeats in ((1.0, 1), (2.0, 1), (2.0, 2)):
+        layer = Layer(scale * weight, jnp.tanh, repeats, False)
+        got = infsub.map_datapoints(applied, jax.random.key(0), XS, layer)
+        np.testing.assert_allclose(got, jax.vmap(layer)(XS), rtol=1e-5)
+    assert len(traces) == 2  # another weight compiles nothing anew, another size does
+    # A module is a function too.
+    as_function = infsub.map_datapoints(lambda key, x, f: f(x), jax.random.key(0), XS, layer)
+    np.testing.assert_array_equal(as_function, got)
+
+
+def test_equal_partials_share_one_compilation():
+    traces = []
+
+    def scaled(power, key, x, offset, *, scale):
+        traces.append(1)
+        return offset + scale * jnp.sum(x) ** power
+
+    for scale in (2.0, 3.0):
+        for made in (functools.partial, Partial):
+            function = functools.partial(made(scaled, 2), scale=jnp.asarray(scale))
+            got = infsub.map_datapoints(function, jax.random.key(0), XS, 1.0)
+            np.testing.assert_allclose(got, 1 + scale * XS.sum(1) ** 2, rtol=1e-5)
+    assert len(traces) == 1
+
+
+def test_numpy_goes_to_the_device_block_by_block(monkeypatch):
+    sizes = []
+    put = jax.device_put
+    monkeypatch.setattr(jax, "device_put", lambda x, *a: sizes.append(x[1].shape) or put(x, *a))
+    xs = np.asarray(XS)
+    got = infsub.map_datapoints(lambda key, x: x.sum(), jax.random.key(0), xs, block_size=5)
+    assert set(sizes) == {(5, 8)}
+    np.testing.assert_allclose(got, xs.sum(1), rtol=1e-5)
+
+
+def test_a_bar_speaks_before_the_program_is_compiled(capsys):
+    said = []
+
+    def seen(key, x):
+        said.append(capsys.readouterr().err)  # while it is traced
+        return x.sum()
+
+    infsub.map_datapoints(seen, jax.random.key(0), XS, block_size=10, progress="counting")
+    assert said == ["counting: 23 datapoints, compiling\n"]
+    assert "counting: 23/23 datapoints" in capsys.readouterr().err
+    infsub.map_datapoints(seen, jax.random.key(0), XS, progress=True)
+    assert "datapoints: 23/23" in capsys.readouterr().err
+
+
+def test_results_that_are_not_finite_are_named_by_index():
+    def broken(key, x):
+        return jnp.where(x[0] > 0, jnp.nan, x[1])
+
+    bad = np.flatnonzero(XS[:, 0] > 0) + 100
+    with pytest.warns(
+        RuntimeWarning, match=rf"not finite at {bad.size} of 23 datapoints: {bad[0]}, "
+    ):
+        infsub.map_datapoints(broken, jax.random.key(0), XS, indices=np.arange(100, 123))
+    infsub.map_datapoints(broken, jax.random.key(0), XS, warn=False)
+    # What does not apply to an estimate is NaN, and says nothing.
+    infsub.map_datapoints(
+        lambda key, x: infsub.elbo(key, MODEL.target(x), MODEL.best_gaussian(x)),
+        jax.random.key(0),
+        XS,
+    )
+
+
+def test_mistakes_are_told_in_a_sentence():
+    dataset = infsub.data.load("mnist5k")
+    key = jax.random.key(0)
+
+    def swapped(x, key):
+        return jnp.sum(x) + jax.random.normal(key)
+
+    with pytest.raises(TypeError, match=r"must take \(key, x, …\).*it takes \(x, key, …\)"):
+        infsub.map_datapoints(swapped, key, XS)
+    with pytest.raises(TypeError, match="incompatible shapes"):  # no other mistake is taken for it
+        infsub.map_datapoints(lambda key, x: x + jnp.zeros(3), key, XS)
+    for packed in (dataset, dataset.test, dataset.test.images):
+        with pytest.raises(
+            TypeError, match=r"packed: take some of them, such as dataset.test\[:100\]"
+        ):
+            infsub.map_datapoints(swapped, key, packed)
+    with pytest.raises(TypeError, match="progress must be True, a word"):
+        infsub.map_datapoints(swapped, key, XS, progress=3)

@@ -13,6 +13,7 @@ from jax.tree_util import Partial
 
 from infsub import densities, local, posteriors
 from infsub.local import local_curve, optimize_local
+from infsub.samplers import as_sampler
 from infsub.types import Gaussian, Posterior, Target
 
 SMALL = {
@@ -250,6 +251,16 @@ def test_mistakes_are_named(xs):
     jax.eval_shape(lambda: optimize_local(key, target, own, sticking_the_landing=False))
     with pytest.raises(ValueError, match="a rule of natural=False"):
         optimize_local(key, target, posteriors.planar(4), natural=True)
+    with pytest.raises(
+        ValueError, match="unknown posterior 'planer': it must be one of gaussian, "
+    ):
+        optimize_local(key, target, "planer")
+    with pytest.raises(TypeError, match=r"a Posterior\(init, sample\).*got function"):
+        optimize_local(key, target, posteriors.gaussian)
+    with pytest.raises(
+        TypeError, match=r"q must be .*got tuple: write infsub.Gaussian\(mean, scale\)"
+    ):
+        optimize_local(key, target, posterior, start=(jnp.zeros(4), jnp.ones(4)))
     params = posterior.init(key)
     q = Gaussian(jnp.zeros(4), jnp.ones(4))
     with pytest.raises(ValueError, match="two places to start from"):
@@ -266,6 +277,19 @@ def test_mistakes_are_named(xs):
         local_curve(key, target, own, params, (0, 1))
     with pytest.raises(ValueError, match="params must have the posterior's shapes"):
         local_curve(key, target, posterior, posteriors.planar(4).init(key), (0, 1))
+
+
+@pytest.mark.slow
+def test_a_family_by_name_from_any_q(xs):
+    """The same as the family itself from the Gaussian, and from the moments of a sampler."""
+    q, target, key = MODEL.best_gaussian(xs[0]), MODEL.target(xs[0]), jax.random.key(0)
+    by_name = optimize_local(key, target, "planar", start=q, max_steps=200)
+    itself = optimize_local(key, target, posteriors.planar(4), start=q, max_steps=200)
+    np.testing.assert_array_equal(by_name.elbo.log_px, itself.elbo.log_px)
+    sampler = as_sampler(q)
+    from_moments = optimize_local(key, target, "planar", start=sampler, max_steps=200)
+    difference = from_moments.elbo.log_px - itself.elbo.log_px
+    assert abs(difference) < 4 * itself.elbo.standard_error + 0.02
 
 
 # The curve after n steps

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,11 +72,27 @@ class Split(NamedTuple):
       images: a pytree on the device, for `batch`.
       labels: uint8 [N] on the host, or None where the data set has none.
       size: N.
+
+    `split[:10]` is the first ten datapoints' images, float32 [10, H, W, C], and `split[[3, 5]]` two.
     """
 
     images: Images
     labels: np.ndarray | None
     size: int
+
+    def __getitem__(self, rows: Any) -> Array:
+        """The images of some rows, as `batch`. Raises IndexError, ValueError for dynamic ones."""
+        if self.images.coding == "dynamic":
+            raise ValueError(
+                "dynamically binarised images are drawn: infsub.data.batch(split.images, rows, key)"
+            )
+        indices = np.arange(self.size)[rows]
+        return batch(self.images, jnp.asarray(np.atleast_1d(indices)))
+
+    def __repr__(self) -> str:
+        height, width, channels = self.images.image_shape
+        labels = "no labels" if self.labels is None else f"{len(np.unique(self.labels))} classes"
+        return f"<{self.size} images [{height}, {width}, {channels}], {labels}>"
 
 
 @dataclass(frozen=True)
@@ -98,6 +114,12 @@ class Dataset:
     _ranges: dict[str, tuple[str, int, int]]  # split -> official split, first row, end
     _read: Callable[[str], Arrays]
     _splits: dict[str, Split] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(
+            f"{split} {end - start}" for split, (_, start, end) in self._ranges.items()
+        )
+        return f"<{self.name}: images {list(self.image_shape)} of {self.levels} levels; {sizes}>"
 
     @property
     def train(self) -> Split:

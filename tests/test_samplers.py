@@ -1,0 +1,121 @@
+"""Any q: ours, a function, or another library's distribution."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from models import linear_gaussian
+
+import infsub
+from infsub.samplers import as_sampler
+from infsub.types import Target
+
+MODEL = linear_gaussian(3, 5)
+N = 60
+XS = jax.vmap(MODEL.simulate)(jax.random.split(jax.random.key(0), N))[1]
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning"
+)  # others' own, of JAX's insides
+
+
+def wide(x):
+    best = MODEL.best_gaussian(x)
+    return best.mean, 1.3 * best.scale
+
+
+def ours(x):
+    return infsub.Gaussian(*wide(x))
+
+
+def function(x):
+    return as_sampler(ours(x))
+
+
+def of_distrax(x):
+    import distrax
+
+    return distrax.MultivariateNormalDiag(*wide(x))
+
+
+def of_tfp(x):
+    from tensorflow_probability.substrates import jax as tfp
+
+    return tfp.distributions.MultivariateNormalDiag(*wide(x))
+
+
+def of_numpyro(x):
+    import numpyro.distributions as dist
+
+    return dist.Normal(*wide(x)).to_event(1)
+
+
+@pytest.mark.parametrize("make", [function, of_distrax, of_tfp, of_numpyro])
+def test_every_kind_of_q_has_the_same_bound(make):
+    def difference(key, x):
+        keys = jax.random.split(key)
+        target = MODEL.target(x)
+        mine = infsub.elbo(keys[0], target, ours(x), 200)
+        other = infsub.elbo(keys[1], target, make(x), 200)
+        return other.log_px - mine.log_px
+
+    found = infsub.map_datapoints(difference, jax.random.key(1), XS)
+    assert abs(found.mean()) < 4 * found.std() / np.sqrt(N)
+    assert found.std() > 0  # of other draws
+
+
+@pytest.mark.parametrize("make", [of_distrax, of_numpyro])
+def test_another_librarys_q_is_measured(make):
+    def encode(params, x):
+        return make(x)
+
+    model = infsub.Model(3, encode, lambda params, x, z: MODEL.log_likelihood(x, z))
+    settings = infsub.Settings(
+        elbo_samples=2000, iwae_samples=50, ais=infsub.AIS(4, 5, 2), ais_start="posterior"
+    )
+    found = infsub.measure(
+        jax.random.key(2),
+        model,
+        None,
+        XS[:4],
+        families=(),
+        settings=settings,
+        own="gaussian",
+        progress=False,
+    )
+    want = jax.vmap(lambda x: MODEL.log_px(x) - MODEL.kl(x, ours(x)))(XS[:4])
+    assert np.all(np.abs(found.columns["elbo"] - want) < 4 * found.columns["elbo_se"])
+
+
+def test_moments_of_a_sampler():
+    q = ours(XS[0])
+    for given in (q, as_sampler(q), of_numpyro(XS[0])):
+        found = infsub.posteriors.moment_matched(jax.random.key(3), given, num_samples=20_000)
+        np.testing.assert_allclose(found.mean, q.mean, atol=0.02)
+        np.testing.assert_allclose(found.scale, q.scale, rtol=0.03)
+
+
+def test_what_is_no_q_is_told_in_a_sentence():
+    import numpyro.distributions as dist
+
+    key, target, (mean, scale) = jax.random.key(0), MODEL.target(XS[0]), wide(XS[0])
+    planar = infsub.posteriors.planar(3)
+    with pytest.raises(TypeError, match=r"got tuple: write infsub.Gaussian\(mean, scale\)"):
+        infsub.iwae(key, target, (mean, scale), 10)
+    with pytest.raises(TypeError, match=r"got tuple: write infsub.Gaussian\(mean, scale\)"):
+        infsub.ais(key, target, (mean, scale))
+    with pytest.raises(TypeError, match=r"write posteriors.sampler\(posterior, params\)"):
+        infsub.elbo(key, target, planar)
+    with pytest.raises(TypeError, match=r"write posteriors.sampler\(posterior, params\)"):
+        infsub.posteriors.moment_matched(key, planar)
+    with pytest.raises(TypeError, match=r"log_q as a scalar.*\(3,\).*to_event\(1\)"):
+        infsub.elbo(key, target, dist.Normal(mean, scale), 10)
+    with pytest.raises(TypeError, match=r"must return \(z \[D\], log_q \[\]\) for a key; got"):
+        infsub.elbo(key, target, lambda key: jax.random.normal(key, (3,)), 10)
+    for name in ("log_prior", "log_likelihood"):
+        densities = {"log_prior": None, "log_likelihood": target.log_likelihood}
+        densities[name] = dist.Normal(0.0, 1.0)
+        with pytest.raises(TypeError, match=rf"{name} must be .*write Normal\(…\).log_prob"):
+            Target(**densities, latent_dim=3)
+    with pytest.raises(TypeError, match=r"write posteriors.sampler"):
+        infsub.ais(key, target, planar)
