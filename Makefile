@@ -1,8 +1,10 @@
 # Each target sets up what it needs by itself, in .venv: `make quickstart` is all a newcomer types.
 PYTHON ?= python3
 WORKDIR ?= runs/quickstart
+DOCS ?= dist/docs
 RUN := .venv/bin/python
 # A file's tests stay together, for they share fixtures and programs, until a worker has none left.
+MODULES := $(patsubst infsub/%,infsub.%,$(basename $(wildcard infsub/[a-z]*.py)) infsub/data infsub/report)
 PYTEST := -m pytest -n 2 --dist=worksteal
 # Where it is set, every process compiles the thousand modules of jax anew: six seconds each time.
 unexport PYTHONDONTWRITEBYTECODE
@@ -31,6 +33,10 @@ lint: .venv/dev.done  ## formatting, lint, types
 bench: .venv/bench.done  ## benchmarks: run them on an otherwise idle machine
 	$(RUN) tests/benchmarks/run.py
 
+docs: .venv/dev.done  ## pages of the API from its docstrings, in dist/docs
+	$(RUN) -W 'ignore:Error parsing type' -W 'ignore:The module specification' -m pdoc --docformat google \
+		--output-directory $(DOCS) infsub $(MODULES)
+
 wheel: .venv/bin/uv  ## build the wheel, install it alone, and import it
 	.venv/bin/uv build --quiet --wheel --out-dir dist
 	.venv/bin/uv run --quiet --isolated --no-project --with dist/*.whl \
@@ -46,14 +52,14 @@ wheel: .venv/bin/uv  ## build the wheel, install it alone, and import it
 	touch $@
 
 .venv/dev.done: .venv/bin/uv pyproject.toml uv.lock
-	.venv/bin/uv sync --quiet --frozen --inexact --extra plots --extra dev
+	.venv/bin/uv sync --quiet --frozen --inexact --extra plots --extra dev --extra examples
 	touch $@
 
 .venv/bench.done: .venv/dev.done
-	.venv/bin/uv sync --quiet --frozen --inexact --extra plots --extra dev --extra bench
+	.venv/bin/uv sync --quiet --frozen --inexact --extra plots --extra dev --extra examples --extra bench
 	touch $@
 
 clean:  ## everything that can be made again, except runs/
 	rm -rf .venv dist .pytest_cache .ruff_cache
 
-.PHONY: quickstart test test-slow test-lowest lint bench wheel clean
+.PHONY: quickstart test test-slow test-lowest lint bench docs wheel clean

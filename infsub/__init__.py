@@ -1,4 +1,10 @@
-"""Where a variational autoencoder's inference loses its nats: the public API."""
+"""Where a variational autoencoder's inference loses its nats: the public API.
+
+The examples in docstrings begin with
+
+    import infsub, jax, jax.numpy as jnp
+    from jax.scipy.stats import norm
+"""
 
 from infsub import signals
 

@@ -411,6 +411,12 @@ def ais(
 
     Raises:
       ValueError, TypeError: an argument that cannot be; the message names it.
+
+    Example:
+      >>> target = infsub.Target(None, lambda z: norm.logpdf(1.0, z).sum(), latent_dim=1)  # x = 1
+      >>> estimate = infsub.ais(jax.random.key(0), target, infsub.laplace(target), 16, 25, 5)
+      >>> print(f"{estimate.log_px:.2f}")  # log N(1; 0, 2)
+      -1.52
     """
     settings = checked_settings(
         q, num_chains, num_temperatures, num_leapfrog, schedule, step_size, adaptation

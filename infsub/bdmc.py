@@ -91,6 +91,14 @@ def reverse_ais(
 
     Raises:
       ValueError, TypeError: an argument that cannot be; the message names it.
+
+    Example:
+      >>> z, noise = jax.random.normal(jax.random.key(1), (2, 1))
+      >>> target = infsub.Target(None, lambda z_: norm.logpdf(x, z_).sum(), latent_dim=1)
+      >>> x = z + noise  # simulated, so that z is a sample of p(z|x)
+      >>> upper = infsub.reverse_ais(jax.random.key(0), target, z).log_px
+      >>> print(bool(abs(upper - norm.logpdf(x, 0, 2**0.5).sum()) < 0.1))
+      True
     """
     _check_sample(z, target)
     settings = checked_settings(q, num_chains, num_temperatures, num_leapfrog, schedule, step_size)
@@ -140,6 +148,14 @@ def bdmc(
 
     Raises:
       ValueError, TypeError: an argument that cannot be; the message names it.
+
+    Example:
+      >>> def simulate(key):
+      ...     z, noise = jax.random.normal(key, (2, 1))
+      ...     log_likelihood = jax.tree_util.Partial(lambda x, z: norm.logpdf(x, z).sum(), z + noise)
+      ...     return z, infsub.Target(None, log_likelihood, latent_dim=1), None
+      >>> print(bool(abs(infsub.bdmc(jax.random.key(0), simulate).gap) < 0.2))
+      True
     """
     key_model, key = jax.random.split(key)
     z, target, q = model(key_model)

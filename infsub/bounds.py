@@ -75,6 +75,12 @@ def elbo(key: Key, target: Target, q: Gaussian | Sampler, num_samples: int = 100
     Raises:
       ValueError: num_samples < 1, or q's shape is not the target's.
       TypeError: a density returns no scalar.
+
+    Example:
+      >>> target = infsub.Target(None, lambda z: norm.logpdf(1.0, z).sum(), latent_dim=1)  # x = 1
+      >>> q = infsub.Gaussian(jnp.full(1, 0.5), jnp.full(1, 0.5**0.5))  # the posterior itself
+      >>> print(f"{infsub.elbo(jax.random.key(0), target, q).log_px:.2f}")  # log N(1; 0, 2)
+      -1.52
     """
     return _elbo(key, target, as_sampler(q), positive_int("num_samples", num_samples))
 
@@ -146,6 +152,13 @@ def iwae(
     Raises:
       ValueError: num_samples or chunk_size < 1, or q's shape is not the target's.
       TypeError: a density returns no scalar.
+
+    Example:
+      >>> target = infsub.Target(None, lambda z: norm.logpdf(1.0, z).sum(), latent_dim=1)  # x = 1
+      >>> q = infsub.Gaussian(jnp.zeros(1), jnp.ones(1))
+      >>> estimate = infsub.iwae(jax.random.key(0), target, q)
+      >>> print(f"{estimate.log_px:.1f}", bool(estimate.pareto_k < 0.7))  # log N(1; 0, 2)
+      -1.5 True
     """
     num_samples = positive_int("num_samples", num_samples)
     return _iwae(key, target, as_sampler(q), num_samples, positive_int("chunk_size", chunk_size))

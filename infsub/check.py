@@ -120,6 +120,19 @@ def check(
       ValueError: num_points < 20; neither xs nor a way to simulate; training_elbo without xs; a z
         of another shape than [latent_dim].
       TypeError: a density returns no scalar.
+
+    Example:
+      >>> model = infsub.Model(
+      ...     latent_dim=1,
+      ...     encode=lambda params, x: infsub.Gaussian(0.4 * x, jnp.ones(1)),
+      ...     log_likelihood=lambda params, x, z: norm.logpdf(x, z).sum(),
+      ...     sample_x=lambda key, params, z, x: z + jax.random.normal(key, (1,)),
+      ... )
+      >>> infsub.check(jax.random.key(0), model, None).ok
+      True
+      >>> loss = model._replace(log_likelihood=lambda params, x, z: -norm.logpdf(x, z).sum())
+      >>> infsub.check(jax.random.key(0), loss, None).findings[0].name
+      'loss'
     """
     if positive_int("num_points", num_points) < 20:
         raise ValueError(f"num_points must be at least 20, or no error is known; got {num_points}")

@@ -148,6 +148,14 @@ def map_datapoints(
       ValueError: xs is empty, its leaves disagree on N, or block_size < 1.
       MemoryError: one datapoint a device does not fit into memory.
       TypeError: xs is a data set's; the function takes x before key; progress is none of these.
+
+    Example:
+      >>> def log_px(key, x, noise):
+      ...     target = infsub.Target(None, lambda z: norm.logpdf(x, z, noise).sum(), latent_dim=1)
+      ...     return infsub.ais(key, target).log_px
+      >>> xs = jnp.zeros((3, 1))
+      >>> infsub.map_datapoints(log_px, jax.random.key(0), xs, 1.0).shape
+      (3,)
     """
     num_points = number_of(xs)
     indices = np.arange(num_points) if indices is None else np.asarray(indices)

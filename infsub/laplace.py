@@ -101,6 +101,12 @@ def laplace(
     Raises:
       ValueError: a start of another shape, or num_steps or num_adam that cannot be.
       TypeError: a density returns no scalar.
+
+    Example:
+      >>> target = infsub.Target(None, lambda z: norm.logpdf(1.0, z).sum(), latent_dim=1)  # x = 1
+      >>> q = infsub.laplace(target)  # p(z|x) = N(1/2, 1/2)
+      >>> print(f"{q.mean[0]:.2f} {q.scale[0, 0] ** 2:.2f}")
+      0.50 0.50
     """
     return laplace_with_info(
         target, start, num_adam=num_adam, num_steps=num_steps, tolerance=tolerance, full=full

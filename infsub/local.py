@@ -140,6 +140,13 @@ def optimize_local(
         this posterior's.
       TypeError: an unknown field of the rule, a density that returns no scalar, a start that is no q,
         or a posterior that is neither a Posterior nor a name.
+
+    Example:
+      >>> target = infsub.Target(None, lambda z: norm.logpdf(1.0, z).sum(), latent_dim=1)  # x = 1
+      >>> family = infsub.posteriors.gaussian(latent_dim=1)
+      >>> found = infsub.optimize_local(jax.random.key(0), target, family)
+      >>> print(f"{found.elbo.log_px:.2f}", bool(found.converged))  # the posterior is Gaussian
+      -1.52 True
     """
     posterior = _as_posterior(posterior, target)
     if rule == "fast" and posterior.natural is not None:
@@ -230,6 +237,14 @@ def local_curve(
     Raises:
       ValueError: steps that are not increasing integers of at least 0, or as in `optimize_local`.
       TypeError: a density that returns no scalar.
+
+    Example:
+      >>> target = infsub.Target(None, lambda z: norm.logpdf(1.0, z).sum(), latent_dim=1)  # x = 1
+      >>> family = infsub.posteriors.gaussian(latent_dim=1)
+      >>> key = jax.random.key(0)
+      >>> curve = infsub.local_curve(key, target, family, family.init(key), (0, 10, 300))
+      >>> print(bool(jnp.all(jnp.diff(curve.log_px) > 0)))
+      True
     """
     posterior = _as_posterior(posterior, target)
     steps, rule = increasing_steps("steps", steps), _checked_rule(rule, {})

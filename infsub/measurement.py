@@ -242,6 +242,18 @@ def measure(
       ValueError: sizes that do not agree, an unknown family, or num_certified of a model that cannot
         simulate; as the estimators.
       TypeError: a density that returns no scalar; encode returns no q.
+
+    Example:
+      >>> model = infsub.Model(
+      ...     latent_dim=1,
+      ...     encode=lambda params, x: infsub.Gaussian(0.4 * x, jnp.ones(1)),
+      ...     log_likelihood=lambda params, x, z: norm.logpdf(x, z).sum(),
+      ...     sample_x=lambda key, params, z, x: z + jax.random.normal(key, (1,)),
+      ... )
+      >>> xs = jnp.linspace(-2, 2, 8)[:, None]
+      >>> measured = infsub.measure(jax.random.key(0), model, None, xs, progress=False)
+      >>> print(f"{measured.gaps.lines['amortization_gap_gaussian'].mean.mean:.1f} nats")
+      0.2 nats
     """
     settings = (settings or Settings())._replace(families=tuple(families))
     subject = subjects.of_model(model)
@@ -322,6 +334,15 @@ def compare(measurements: Mapping[str, Measurement]) -> Comparison:
     Raises:
       TypeError: it is no dict of Measurements.
       ValueError: it is empty.
+
+    Example:
+      >>> wide = infsub.Measurement([{"index": 0, "elbo": -1.9, "elbo_se": 0.1}])
+      >>> fitted = infsub.Measurement([{"index": 0, "elbo": -1.5, "elbo_se": 0.1}])
+      >>> print(infsub.compare({"wide": wide, "fitted": fitted}).table())
+      | nats | wide | fitted |
+      |---|---:|---:|
+      | L[q] | -1.90(10) | -1.50(10) |
+      | datapoints | 1 | 1 |
     """
     if not isinstance(measurements, Mapping) or not all(
         isinstance(m, Measurement) for m in measurements.values()
@@ -337,6 +358,13 @@ def load(folder: str | Path) -> Measurement:
 
     Raises:
       UserError: there is none, or a file is torn.
+
+    Example:
+      >>> import tempfile
+      >>> measured = infsub.Measurement([{"index": 0, "elbo": -1.5, "elbo_se": 0.1}])
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     print(infsub.load(measured.save(folder)).rows)
+      [{'index': 0, 'elbo': -1.5, 'elbo_se': 0.1}]
     """
     folder = Path(folder)
     measured, certified, document = runs.read_folder(folder)

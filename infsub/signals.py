@@ -129,4 +129,4 @@ def is_command() -> bool:
     """Whether this process is infsub's command line, seen before its modules are imported."""
     given = sys.orig_argv[1:]
     module = given[given.index("-m") + 1 : given.index("-m") + 2] if "-m" in given else []
-    return module == ["infsub.main"] or os.path.basename(sys.argv[0]) == "infsub"
+    return module in (["infsub"], ["infsub.main"]) or os.path.basename(sys.argv[0]) == "infsub"

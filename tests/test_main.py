@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -176,6 +177,22 @@ def test_help_and_import_take_seconds():
     for name in configs.FIELDS:
         assert f" {name}=" in shown.stdout
     assert time.monotonic() - start < 30  # a busy machine; on an idle one it is three
+
+
+def test_infsub_is_the_same_command(tmp_path):
+    """The console script, as pip makes it, and `python -m infsub`."""
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    module, function = scripts["infsub"].split(":")
+    script = tmp_path / "infsub"
+    script.write_text(f"import sys\nfrom {module} import {function}\nsys.exit({function}())\n")
+    said = []
+    for start in (["-m", "infsub.main"], ["-m", "infsub"], [str(script)]):
+        arguments = [sys.executable, *start, "--mode=status", f"--workdir={tmp_path / 'none'}"]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        ended = subprocess.run(arguments, capture_output=True, text=True, env=environment)
+        said.append((ended.returncode, ended.stdout, ended.stderr))
+    assert said[0] == said[1] == said[2]
+    assert said[0][1] or said[0][2]
 
 
 TINY = ["--config.evaluate.per_class=0", "--config.evaluate.first=3"]
