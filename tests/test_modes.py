@@ -12,7 +12,8 @@ import pytest
 from jax.tree_util import Partial
 
 import infsub
-from infsub import densities, gaps, grids, measure, rows
+from infsub import densities, gaps, grids, rows
+from infsub.measure import AIS, Datapoint, Settings, bounds_of_datapoint, certify_datapoint
 from infsub.types import Gaussian, Target
 
 APART = 2.0  # of each mode from 0: with 0.15 between two temperatures of 25, no chain crosses
@@ -111,10 +112,10 @@ def test_the_certificate_says_it():
         def simulated(key):
             z, x = simulate(key)
             base = Gaussian(x, jnp.full(2, NARROW))
-            return z, measure.Datapoint(target_of(x), base, base, "gaussian")
+            return z, Datapoint(target_of(x), base, base, "gaussian")
 
-        settings = measure.Settings(ais_start="laplace")
-        return measure.certify_datapoint(key, simulated, settings)
+        settings = Settings(ais_start="laplace")
+        return certify_datapoint(key, simulated, settings)
 
     columns = infsub.map_datapoints(one, jax.random.key(1), np.arange(NUM_POINTS))
     gap = columns["gap"]
@@ -127,11 +128,9 @@ def test_the_prior_is_a_start_the_command_has():
     def one(key, _, start):
         x = simulate(jax.random.fold_in(key, 0))[1]
         base = Gaussian(x, jnp.full(2, NARROW))
-        point = measure.Datapoint(target_of(x), base, base, "gaussian")
-        settings = measure.Settings(
-            ais=measure.AIS(num_temperatures=50), ais_start=start, families=()
-        )
-        row = measure.bounds_of_datapoint(key, point, settings)
+        point = Datapoint(target_of(x), base, base, "gaussian")
+        settings = Settings(ais=AIS(num_temperatures=50), ais_start=start, families=())
+        row = bounds_of_datapoint(key, point, settings)
         return row["ais"] - grids.log_px(point.target, 200).log_px
 
     for start, expected in (("prior", 0.0), ("laplace", -np.log(2))):
