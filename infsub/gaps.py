@@ -360,9 +360,10 @@ def _on_log_px(lines: dict[str, Line]) -> list[str]:
 def _on_gaps(lines: dict[str, Line], families: list[str], own: str) -> list[str]:
     notes = []
     if families and own not in families:
+        name = f", {schema.family_label(own)}," if own else ""
         notes.append(
-            f"The encoder's own family, {schema.family_label(own)}, was not optimised locally: the "
-            f"amortization gap of {schema.family_label(families[0])} compares two families."
+            f"The encoder's own family{name} was not optimised locally: the amortization gap of "
+            f"{schema.family_label(families[0])} compares two families."
         )
     if schema.COVARIANCE.name in lines:
         notes.append(
