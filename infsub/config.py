@@ -26,6 +26,8 @@ from infsub.types import UserError, increasing_steps
 
 Config = Any  # a ConfigDict: its fields have no static types
 
+# Part of an identity only where they are set: runs from before they were there keep theirs.
+_WHERE_SET = ("model.imported", "model.checkpoint")
 # What cannot change a weight: how often we look, where files lie, and what is measured afterwards.
 NOT_IDENTITY = (
     "data.dir",
@@ -94,6 +96,10 @@ FOLDER = Rule(
 CHECKPOINT = Rule(
     "best, last or epoch_<n>", lambda value: bool(re.fullmatch(r"best|last|epoch_\d+", value))
 )
+IMPORTED = Rule(
+    "MODULE:FUNCTION, such as my_module:build",
+    lambda value: value == "" or bool(re.fullmatch(r"[\w.]+:[\w.]+", value)),
+)
 FAMILY_NAMES = Rule(
     f"a tuple of names among {', '.join(FAMILIES)}", lambda value: set(value) <= FAMILIES.keys()
 )
@@ -122,6 +128,10 @@ FIELDS = {
     "model.latent_dim": Field(50, "of z", POSITIVE),
     **_network("encoder", "widths, or channels of conv; () is linear"),
     **_network("decoder", "from z to x; as the encoder's"),
+    "model.imported": Field(
+        "", "a model of one's own in place of these: my_module:build", IMPORTED
+    ),
+    "model.checkpoint": Field("", "what build is called with, such as a path"),
     "model.posterior.name": Field("gaussian", "the encoder's family", one_of(*FAMILIES)),
     "init_from": Field("", "a run's workdir: start from its weights"),
     "init_parts": Field("all", "what to take from it", one_of("all", "decoder")),
@@ -294,6 +304,11 @@ def resolve(config: Config) -> Config:
             "config.train.on=model draws each batch from a decoder that does not change: give "
             "config.train.freeze=decoder and config.init_from=WORKDIR, a run to take it from."
         )
+    if config.model.checkpoint and not config.model.imported:
+        raise UserError(
+            "config.model.checkpoint is what a model of one's own is built from: give "
+            "config.model.imported=my_module:build too."
+        )
     evaluate = config.evaluate
     if evaluate.split == "model" and not (evaluate.first or evaluate.per_class):
         raise UserError(
@@ -310,7 +325,7 @@ def resolve(config: Config) -> Config:
             "config.evaluate.ais.schedule=adaptive is found in the pilot run: it needs "
             "config.evaluate.ais.adaptation=pilot."
         )
-    if evaluate.grid and config.model.latent_dim != 2:
+    if evaluate.grid and config.model.latent_dim != 2 and not config.model.imported:
         raise UserError(
             f"config.evaluate.grid={evaluate.grid} needs config.model.latent_dim=2, a plane "
             f"to lay a grid on; it is {config.model.latent_dim}."
@@ -395,7 +410,8 @@ def completed(before: dict[str, Any]) -> dict[str, Any]:
     family = str(before.get("model.posterior.name"))
     row = FAMILIES[family].defaults if family in FAMILIES else {}
     added |= {f"model.posterior.{name}": value for name, value in row.items()}
-    return {name: value for name, value in added.items() if not _is_skipped(name)} | before
+    skipped = {name for name in added if _is_skipped(name) or name in _WHERE_SET}
+    return {name: value for name, value in added.items() if name not in skipped} | before
 
 
 def identified(config: Config, data_identity: str, init_identity: str = "") -> dict[str, Any]:
@@ -403,7 +419,7 @@ def identified(config: Config, data_identity: str, init_identity: str = "") -> d
     fields = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in flatten(config)
-        if not _is_skipped(name)
+        if not _is_skipped(name) and (value or name not in _WHERE_SET)
     }
     return fields | {"data identity": data_identity, "initial weights": init_identity}
 

@@ -7,14 +7,26 @@ import functools
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from infsub import checkpoints, data, files, locks, posteriors, records, rows, shards, subjects
+from infsub import (
+    checkpoints,
+    data,
+    files,
+    imported,
+    locks,
+    posteriors,
+    records,
+    rows,
+    shards,
+    subjects,
+    thumbnails,
+)
 from infsub import config as configs
 from infsub.datapoints import map_datapoints
 from infsub.keys import Stream, stream
@@ -65,23 +77,11 @@ def evaluate(
 def _evaluate(
     config: configs.Config, workdir: Path, run: dict[str, Any], shard: Shard
 ) -> list[int]:
-    settings = config.evaluate
-    dataset = data.load(**{"data_dir" if k == "dir" else k: v for k, v in config.data.items()})
-    source = run["identified"].get("initial weights", "")
-    records.check_same(run, workdir, configs.identified(config, dataset.identity, source))
-    variables, step = checkpoints.load_variables(workdir, settings.checkpoint)
-    variables = jax.device_put(variables)
-    vae = make_vae(config.model, dataset.image_shape, dataset.levels)
-    root = jax.random.key(config.seed)
-    key_rows, key_images = stream(root, Stream.ROWS), stream(root, Stream.IMAGES)
-    key_certificate = stream(root, Stream.CERTIFICATE)
-    facts: dict[str, Any] = {"step": step}
-    if settings.split == "model":
-        split = simulate(key_images, vae, variables, settings.first or 10 * settings.per_class)
-        facts["images"] = hashlib.sha256(np.asarray(split.images.values).tobytes()).hexdigest()[:16]
-    else:
-        split = dataset.split(settings.split)
-    indices = choose(split, settings)
+    settings, root = config.evaluate, jax.random.key(config.seed)
+    key_rows, key_certificate = stream(root, Stream.ROWS), stream(root, Stream.CERTIFICATE)
+    source = _theirs(config, root) if config.model.imported else _ours(config, workdir, run, root)
+    indices = choose(source, settings)
+    facts = source.facts
     with contextlib.ExitStack() as whole:
         if shard != WHOLE:  # one shard at a time, and none while the whole is evaluated
             held = locks.owned(workdir / settings.name, _ACTIVITY, locks.MOMENT)
@@ -89,19 +89,15 @@ def _evaluate(
         folder = _claim(workdir, settings, run, facts, len(indices))
     num_points, num_chains = max(1, len(shard.of(indices))), settings.ais.num_chains
     block_size, chunk_size = subjects.sizes(num_points, num_chains, settings.block_size)
-    own = config.model.posterior.name
     static = {"settings": configs.measured(settings, chunk_size)}
 
     def mapped(function: Any, key: Key, xs: Any, indices: np.ndarray) -> dict[str, Any]:
         options = {"static": static, "block_size": block_size, "indices": indices, "warn": False}
-        return map_datapoints(function, key, xs, variables, subject_of(vae, own), **options)
-
-    def images(block: np.ndarray) -> np.ndarray:
-        return np.asarray(data.batch(split.images, jnp.asarray(block), key_images))
+        return map_datapoints(function, key, xs, source.params, source.subject, **options)
 
     def evaluated(block: np.ndarray) -> dict[str, Any]:
-        labels = [None] * len(block) if split.labels is None else split.labels[block]
-        columns = mapped(subjects.bounds, key_rows, images(block), block)
+        labels = [None] * len(block) if source.labels is None else source.labels[block]
+        columns = mapped(subjects.bounds, key_rows, source.at(block), block)
         return {rows.LABEL: labels} | columns
 
     written = _write_rows(folder, "rows", shard, "evaluating", indices, block_size, evaluated)
@@ -109,32 +105,124 @@ def _evaluate(
         simulated = np.arange(settings.bdmc.num_points)
 
         def bounded(block: np.ndarray) -> dict[str, Any]:
-            return mapped(subjects.certificate, key_certificate, block, block)
+            covariates = source.at(indices[block % len(indices)])
+            return mapped(subjects.certificate, key_certificate, covariates, block)
 
         _write_rows(folder, "bdmc", shard, "certifying", simulated, block_size, bounded)
     bad = _not_finite(indices, written)
     if not (folder / records.IMAGES).exists():
         blocks = np.split(indices, range(block_size, len(indices), block_size))
-        shown = [
-            (images(block) * (255 / (dataset.levels - 1))).astype(np.uint8) for block in blocks
-        ]
-        arrays = {"indices": indices, "images": np.concatenate(shown)}
-        files.write_npz(folder / records.IMAGES, arrays)
+        shown = [source.shown(block) for block in blocks]
+        arrays = {name: np.concatenate([part[name] for part in shown]) for name in shown[0]}
+        files.write_npz(folder / records.IMAGES, {"indices": indices} | arrays)
     if not settings.grid or (folder / records.POSTERIORS).exists():
         return bad
     everything = shards.read(folder, "rows")
     first = indices[~np.isin(indices, _not_finite(indices, everything))][:_NUM_DRAWN]
-    if len(everything) == len(indices) and first.size:  # the last shard draws them
-        xs = images(first)
+    pictures = source.shown(first).get("images") if first.size else None
+    if len(everything) == len(indices) and pictures is not None:  # the last shard draws them
         arrays = {
             "indices": first,
-            "images": xs / (dataset.levels - 1),
-            "families": [own, *settings.local.families],
+            "images": pictures / 255,
+            "families": [source.own, *settings.local.families],
         }
-        arrays |= {} if split.labels is None else {"labels": split.labels[first]}
-        arrays |= mapped(subjects.densities, key_rows, xs, first)
+        arrays |= {} if source.labels is None else {"labels": source.labels[first]}
+        arrays |= mapped(subjects.densities, key_rows, source.at(first), first)
         files.write_npz(folder / records.POSTERIORS, arrays)
     return bad
+
+
+class _Source(NamedTuple):
+    """A model and the data it is evaluated on.
+
+    Attributes:
+      own: the encoder's family.
+      size: N, of the datapoints there are.
+      labels: [N], or None.
+      at: indices [B] -> x's, a pytree [B, …].
+      shown: indices [B] -> what a page shows of them, as `thumbnails.arrays`.
+      facts: what rows depend on beside the settings.
+    """
+
+    subject: Subject
+    params: Any
+    own: str
+    size: int
+    labels: np.ndarray | None
+    at: Callable[[np.ndarray], Any]
+    shown: Callable[[np.ndarray], dict[str, np.ndarray]]
+    facts: dict[str, Any]
+
+
+def _ours(config: configs.Config, workdir: Path, run: dict[str, Any], root: Key) -> _Source:
+    """The VAE that a run has trained, on its data or on what it simulates."""
+    settings, dataset = config.evaluate, imported.data_of(config)
+    initial = run["identified"].get("initial weights", "")
+    records.check_same(run, workdir, configs.identified(config, dataset.identity, initial))
+    variables, step = checkpoints.load_variables(workdir, settings.checkpoint)
+    variables = jax.device_put(variables)
+    vae = make_vae(config.model, dataset.image_shape, dataset.levels)
+    facts: dict[str, Any] = {"step": step}
+    if settings.split == "model":
+        number = settings.first or 10 * settings.per_class
+        split = simulate(stream(root, Stream.IMAGES), vae, variables, number)
+        facts["images"] = hashlib.sha256(np.asarray(split.images.values).tobytes()).hexdigest()[:16]
+    else:
+        split = dataset.split(settings.split)
+    own = config.model.posterior.name
+    of_data = _of_data(split, dataset.levels, root)
+    return _Source(subject_of(vae, own), variables, own, *of_data, facts)
+
+
+def _theirs(config: configs.Config, root: Key) -> _Source:
+    """A model of the user's own, on its own data or on the config's.
+
+    Raises:
+      UserError: what is asked for it cannot do.
+    """
+    settings = config.evaluate
+    model, params, xs, labels = found = imported.load(
+        config.model.imported, config.model.checkpoint
+    )
+    subject = subjects.of_model(model)
+    if settings.split == "model" or (settings.bdmc.num_points and subject.simulate is None):
+        field = "split=model" if settings.split == "model" else "bdmc.num_points"
+        raise UserError(
+            f"config.evaluate.{field} needs a model that simulates, and config.model.imported's does "
+            "not: split=model is for infsub's own, bdmc.num_points needs sample_x, and sample_prior "
+            "where there is a log_prior."
+        )
+    if settings.grid and model.latent_dim != 2:
+        raise UserError(f"config.evaluate.grid needs a z of 2; the model's is {model.latent_dim}.")
+    facts = {"params and xs": found.identity}
+    if xs is None:
+        dataset = imported.data_of(config)
+        of_data = _of_data(dataset.split(settings.split), dataset.levels, root)
+    else:
+
+        def at(block: np.ndarray) -> Any:
+            return jax.tree.map(lambda leaf: np.asarray(leaf)[block], xs)
+
+        def shown(block: np.ndarray) -> dict[str, np.ndarray]:
+            return thumbnails.arrays(at(block))
+
+        of_data = found.size, labels, at, shown
+    first = jax.tree.map(lambda leaf: leaf[0], of_data[2](np.arange(1)))
+    own = subjects.family_of(model, params, first) or config.model.posterior.name
+    return _Source(subject, params, own, *of_data, facts)
+
+
+def _of_data(split: data.Split, levels: int, root: Key) -> tuple[Any, ...]:
+    """size, labels, at and shown of a split."""
+    key = stream(root, Stream.IMAGES)
+
+    def at(block: np.ndarray) -> np.ndarray:
+        return np.asarray(data.batch(split.images, jnp.asarray(block), key))
+
+    def shown(block: np.ndarray) -> dict[str, np.ndarray]:
+        return {"images": (at(block) * (255 / (levels - 1))).astype(np.uint8)}
+
+    return split.size, split.labels, at, shown
 
 
 @functools.cache
@@ -168,8 +256,8 @@ def simulate(key: Key, vae: VAE, variables: Variables, num_points: int) -> data.
     return data.Split(images, None, num_points)
 
 
-def choose(split: data.Split, settings: Any) -> np.ndarray:
-    """Indices into a split [N], by file, per class, first n, or all."""
+def choose(split: Any, settings: Any) -> np.ndarray:
+    """Indices [N] into a split, or whatever has a size and labels: by file, per class, first n, all."""
     if settings.indices_file:
         return _read_indices(Path(settings.indices_file), split.size)
     if settings.first:

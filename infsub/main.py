@@ -46,7 +46,13 @@ SHARD = flags.DEFINE_string(
 
 
 def config_first(argv: list[str]) -> list[str]:
-    """`argv` itself, put into the order config_flags insists on: --config before its overrides."""
+    """`argv` itself, put into the order config_flags insists on: --config before its overrides.
+
+    A field cannot be called import, which is Python's own word: as a flag it may.
+    """
+    for n, argument in enumerate(argv):
+        if argument.startswith("--config.model.import="):
+            argv[n] = argument.replace("import", "imported", 1)
     argv.sort(key=lambda argument: argument.startswith("--config.") and "=" in argument)
     return argv
 
@@ -166,9 +172,16 @@ def run(
 
     Of a shard: one of the processes trains and the others wait for it; the last to end reports.
     """
-    from infsub import evaluate, report, train  # jax and flax: not for a mistake, nor for --help
+    from infsub import (  # jax and flax: not for a mistake, nor for --help
+        evaluate,
+        imported,
+        report,
+        train,
+    )
 
-    if mode in ("run", "train"):
+    if config.model.imported and mode != "report":
+        imported.claim(config, workdir, mode)
+    elif mode in ("run", "train"):
         train.train(config, workdir, 0.0 if shard == shards.WHOLE else math.inf)
     failed = []
     for member, folder in configs.runs(config, workdir):

@@ -7,10 +7,9 @@ that `infsub.load` reads a run's folder and `python -m infsub.report` a saved Me
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,13 +17,13 @@ import jax
 import numpy as np
 
 from infsub import config as configs
-from infsub import files, gaps, records, rows, subjects
+from infsub import files, gaps, imported, records, rows, subjects, thumbnails
 from infsub.datapoints import map_datapoints, number_of
 from infsub.keys import Stream, stream
 from infsub.measure import Settings
-from infsub.report import bars, page, runs, tables, thumbnails
+from infsub.report import bars, page, runs, tables
 from infsub.report.runs import LoadedRun
-from infsub.types import Gaussian, Key, Model, Params, UserError
+from infsub.types import Key, Model, Params, UserError
 from infsub.verdicts import Verdicts
 
 Format = Literal["markdown", "latex", "csv"]
@@ -269,7 +268,7 @@ def measure(
     labels = [None] * num_points if labels is None else np.asarray(labels).tolist()
     if not isinstance(labels, list) or len(labels) != num_points:
         raise ValueError(f"labels must have shape [N={num_points}]; got {labels!r}")
-    own = own or _own(model, params, xs)
+    own = own or subjects.family_of(model, params, jax.tree.map(lambda leaf: leaf[0], xs))
     num_chains = settings.ais.num_chains
     block_size, chunk_size = subjects.sizes(num_points, num_chains, block_size or 0)
     settings = settings._replace(chunk_size=chunk_size)
@@ -304,28 +303,7 @@ def measure(
         "evaluate": configs.of_settings(settings) | {"bdmc": {"num_points": num_certified}},
     }
     shown = xs if images is None else images
-    return Measurement(measured, certified, config, _identity(xs), name, xs=shown)
-
-
-def _own(model: Model, params: Params, xs: Any) -> str:
-    """The family of the encoder's q, where it is Gaussian; "" where nothing is known of it."""
-    first = jax.tree.map(lambda leaf: leaf[0], xs)
-    q = jax.eval_shape(partial(_scale, model), params, first)
-    return {1: "gaussian", 2: "full_gaussian"}.get(q.ndim, "")
-
-
-def _scale(model: Model, params: Params, x: Any) -> Any:
-    q = model.encode(params, x)
-    return q.scale if isinstance(q, Gaussian) else np.zeros(())
-
-
-def _identity(xs: Any) -> str:
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(xs):
-        array = np.ascontiguousarray(leaf)
-        digest.update(f"{array.dtype} {array.shape}".encode())
-        digest.update(array.data)
-    return digest.hexdigest()[:16]
+    return Measurement(measured, certified, config, imported.digest(xs), name, xs=shown)
 
 
 def compare(measurements: Mapping[str, Measurement]) -> Comparison:

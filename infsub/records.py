@@ -141,8 +141,10 @@ def read_run(workdir: Path, *needed: str) -> dict[str, Any]:
     for name in needed or FACTS:
         if wrong := files.wrong_fields(run, {name: FACTS[name]}):
             raise UserError(f"{path} is no run's ({wrong}): give a run's --workdir, or mend it.")
-    shape = run.get("image_shape", [])
-    if not needed and not (
+    if needed or _is_imported(run):  # of no data of ours, maybe
+        return run
+    shape = run["image_shape"]
+    if not (
         len(shape) == 3
         and all(type(n) is int and n > 0 for n in shape)
         and run["levels"] > 1
@@ -153,6 +155,11 @@ def read_run(workdir: Path, *needed: str) -> dict[str, Any]:
             f"{run['steps_per_epoch']}): give a run's --workdir, or mend it."
         )
     return run
+
+
+def _is_imported(run: dict[str, Any]) -> bool:
+    model = run["config"].get("model")
+    return isinstance(model, dict) and bool(model.get("imported"))
 
 
 def check_same(run: dict[str, Any], workdir: Path, identified: dict[str, Any]) -> None:

@@ -6,10 +6,12 @@ the same for both. A Subject is a pytree: its arrays travel as arguments, its co
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from infsub import posteriors
@@ -65,6 +67,17 @@ def _simulate(model: Model, key: Key, params: Params, x: Any) -> tuple[Array, An
     key_z, key_x = jax.random.split(key)
     z = draw_prior(key_z, model, params, x)
     return z, model.sample_x(key_x, params, z, x)  # pyright: ignore[reportOptionalCall]
+
+
+def family_of(model: Model, params: Params, x: Any) -> str:
+    """The family of the model's q at x where it is Gaussian; "" where nothing is known of it."""
+    q = jax.eval_shape(functools.partial(_scale, model), params, x)
+    return {1: "gaussian", 2: "full_gaussian"}.get(q.ndim, "")
+
+
+def _scale(model: Model, params: Params, x: Any) -> Any:
+    q = model.encode(params, x)
+    return q.scale if isinstance(q, Gaussian) else jnp.zeros(())
 
 
 def bounds(

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 import infsub
-from infsub.report import page, runs, thumbnails
+from infsub import thumbnails
+from infsub.report import page, runs
 
 N = 120
 HOSTILE = "</script><img src=x onerror=\"document.title='hacked'\">&'\u2028$style ${data}"

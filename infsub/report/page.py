@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from infsub import files, gaps
+from infsub import files, gaps, thumbnails
 from infsub import rows as schema
-from infsub.report import svg, tables, thumbnails
+from infsub.report import svg, tables
 from infsub.report.runs import LoadedRun
 from infsub.rows import Rows, label
 

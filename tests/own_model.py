@@ -1,0 +1,47 @@
+"""A model of a user's own, as `--config.model.import=own_model:build` finds it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from models import linear_gaussian, own_model
+
+import infsub
+
+KNOWN = linear_gaussian(latent_dim=2, data_dim=4)
+MODEL = own_model(KNOWN)
+
+
+def data():
+    return np.asarray(jax.vmap(KNOWN.simulate)(jax.random.split(jax.random.key(7), 9))[1])
+
+
+def build(checkpoint=""):
+    """With data of its own, of two classes; a checkpoint is a factor on the encoder's mean."""
+
+    def encode(params, x):
+        q = MODEL.encode(params, x)
+        return q._replace(mean=float(checkpoint or 1) * q.mean)
+
+    return MODEL._replace(encode=encode), KNOWN, data(), np.arange(9) % 2
+
+
+def of_images():
+    """For the config's data: binary images, each pixel with the same logit whatever z."""
+
+    def encode(params, x):
+        return infsub.Gaussian(jnp.mean(x) * jnp.ones(2), params)
+
+    def log_likelihood(params, x, z):
+        return infsub.densities.bernoulli_logits(x, jnp.full(x.shape, z[0] - 2))
+
+    return infsub.Model(2, encode, log_likelihood), 0.1 * jnp.ones(2)
+
+
+def nothing():
+    return 3
+
+
+def torn():
+    return MODEL, KNOWN, data(), [1, 2]

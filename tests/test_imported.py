@@ -1,0 +1,151 @@
+"""A model of the user's own from the command line: evaluated, certified and reported like ours."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import own_model
+import pytest
+
+import infsub
+from infsub import config as configs
+from infsub import files, imported, main
+from infsub.types import UserError
+
+HERE = Path(__file__).parent
+
+
+def small(name="own_model:build", **fields):
+    config = configs.default().unlock()
+    config.model.imported = name
+    config.evaluate.update(
+        {"first": 4, "per_class": 0, "elbo_samples": 50, "iwae_samples": 50}
+        | {"ais": {"num_chains": 4, "num_temperatures": 5, "num_leapfrog": 2}}
+        | {"local": {"max_steps": 100}, "bdmc": {"num_points": 3}}
+    )
+    config.evaluate.update(fields)
+    return config.lock()
+
+
+def run(config, workdir, mode="run"):
+    main.run(mode, configs.resolve(config), workdir)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("imported") / "run"
+    run(small(), workdir)
+    return workdir
+
+
+def test_it_is_measured_as_by_the_library(workdir):
+    """The same rows and certificate, from the same seed, by `infsub.measure`."""
+    model, params, xs, labels = own_model.build()
+    settings = configs.measured(small().evaluate, 80)
+    want = infsub.measure(
+        jax.random.key(0),
+        model,
+        params,
+        xs[:4],
+        num_certified=3,
+        settings=settings,
+        labels=labels[:4],
+        progress=False,
+    )
+    got = infsub.load(workdir)
+    for name in want.rows[0]:
+        np.testing.assert_allclose(got.columns[name], want.columns[name], rtol=1e-4, err_msg=name)
+    for mine, theirs in zip(got.certificate_rows, want.certificate_rows, strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-3)
+    assert got.run.families == ["gaussian"]
+    assert got.run.settings["model.latent_dim"] == 2
+
+
+def test_it_is_reported(workdir):
+    for name in ("table.md", "table.csv", "report.html", "gaps.png"):
+        assert (workdir / name).exists()
+    with (workdir / "datapoints.csv").open() as file:
+        points = list(csv.DictReader(file))
+    assert [point["label"] for point in points] == ["0", "1", "0", "1"]
+    assert all(point["verdict"] and point["next"] for point in points)
+    assert "4 values, mean" in (workdir / "report.html").read_text()
+
+
+def test_other_weights_do_not_mix(workdir):
+    """Nor does another checkpoint take another run's folder."""
+    config = small().unlock()
+    config.model.checkpoint = "2.0"
+    with pytest.raises(UserError, match=r"model\.checkpoint was 'nothing' and is '2.0'"):
+        run(config.lock(), workdir)
+    found = files.read_json(workdir / "evaluation.json")
+    files.write_json(workdir / "evaluation.json", found | {"params and xs": "others"})
+    with pytest.raises(UserError, match="params and xs was 'others'"):
+        run(small(), workdir)
+    files.write_json(workdir / "evaluation.json", found)
+
+
+@pytest.mark.slow
+def test_it_may_be_of_our_data(tmp_path):
+    run(small("own_model:of_images", bdmc={"num_points": 0}), tmp_path / "run")
+    measured = infsub.load(tmp_path / "run")
+    assert measured.columns["label"].size == 4
+    assert measured.xs.shape[:3] == (4, 28, 28)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("no_module:build", {}, "failed: ModuleNotFoundError: No module named 'no_module'"),
+        ("own_model:no_function", {}, "failed: AttributeError"),
+        ("own_model:nothing", {}, r"must return \(infsub.Model, params\).*it returned int"),
+        ("own_model:torn", {}, r"labels must have shape \[9\]; got \(2,\)"),
+        ("own_model", {}, "must be MODULE:FUNCTION"),
+        ("own_model:of_images", {}, "bdmc.num_points needs a model that simulates"),
+        ("own_model:build", {"split": "model"}, "split=model is for infsub's own"),
+    ],
+)
+def test_mistakes_are_told_in_a_sentence(tmp_path, name, fields, message):
+    with pytest.raises(UserError, match=message):
+        run(small(name, **fields), tmp_path / "run")
+
+
+def test_it_is_not_trained_here(tmp_path):
+    with pytest.raises(UserError, match="is a model that is trained already"):
+        run(small(), tmp_path / "run", "train")
+    config = configs.default().unlock()
+    config.model.checkpoint = "x"
+    with pytest.raises(UserError, match=r"give config\.model\.imported=my_module:build too"):
+        configs.resolve(config)
+
+
+def test_runs_from_before_keep_their_identity():
+    """Fields of an own model are in an identity only where there is one."""
+    identified = configs.identified(configs.default(), "data")
+    assert not {"model.imported", "model.checkpoint"} & identified.keys()
+    assert configs.differences(configs.completed(identified), identified) == []
+
+
+def test_the_flag_is_spelt_import(tmp_path):
+    assert main.config_first(["--config.model.import=a:b", "--config=x.py"]) == [
+        "--config=x.py",
+        "--config.model.imported=a:b",
+    ]
+    command = [sys.executable, "-m", "infsub.main", f"--config={HERE / 'tiny.py'}"]
+    command += ["--config.model.import=broken:build", f"--workdir={tmp_path / 'run'}"]
+    (tmp_path / "broken.py").write_text("def build():\n    raise OSError('no such file')\n")
+    environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 2
+    assert "--config.model.import=broken:build failed: OSError: no such file." in done.stderr
+
+
+def test_the_path_is_as_it_was():
+    before = list(sys.path)
+    imported.load("own_model:build", "")
+    assert sys.path == before
