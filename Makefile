@@ -37,6 +37,9 @@ docs: .venv/dev.done  ## pages of the API from its docstrings, in dist/docs
 	$(RUN) -W 'ignore:Error parsing type' -W 'ignore:The module specification' -m pdoc --docformat google \
 		--output-directory $(DOCS) infsub $(MODULES)
 
+faults: .venv/dev.done  ## kills in every phase and shard, and concurrent starts, with their figures
+	$(RUN) tests/faults.py
+
 wheel: .venv/bin/uv  ## build the wheel, install it alone, and import it
 	.venv/bin/uv build --quiet --wheel --out-dir dist
 	.venv/bin/uv run --quiet --isolated --no-project --with dist/*.whl \
@@ -62,4 +65,4 @@ wheel: .venv/bin/uv  ## build the wheel, install it alone, and import it
 clean:  ## everything that can be made again, except runs/
 	rm -rf .venv dist .pytest_cache .ruff_cache
 
-.PHONY: quickstart test test-slow test-lowest lint bench docs wheel clean
+.PHONY: quickstart test test-slow test-lowest lint bench docs faults wheel clean

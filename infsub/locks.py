@@ -29,6 +29,7 @@ from infsub.types import UserError
 SIGN_OF_LIFE = 20.0  # seconds between two
 PRESUMED_DEAD = 120.0  # seconds without one
 MOMENT = 10.0  # seconds within which who only looks, or notes something, is done
+_JOBS = ("SLURM_JOB_ID", "JOB_COMPLETION_INDEX", "SKYPILOT_TASK_ID")  # set in a scheduler's job
 POLL = 1.0  # seconds between two looks at a lock that is waited for
 
 
@@ -92,7 +93,7 @@ def _acquire(folder: Path, activity: str, lock: FileLock, note: Path, patience: 
 
 
 def _in_a_job() -> bool:
-    return any(name in os.environ for name in ("SLURM_JOB_ID", "JOB_COMPLETION_INDEX"))
+    return any(name in os.environ for name in _JOBS)
 
 
 def _try(folder: Path, activity: str, lock: FileLock, note: Path) -> None:

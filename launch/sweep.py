@@ -1,0 +1,278 @@
+"""Configs × seeds × shards on a cluster: each run trains, is evaluated in shards, and is reported.
+
+  python -m launch.sweep --config=configs/quickstart.py --seeds=0-3 --shards=8 --workdir=runs/sweep \
+      --gpus=1 --minutes=720 --slurm=partition=gpu -- --config.train.num_epochs=300
+
+submits to SLURM by submitit, every job after those that it needs, and ends; --cluster=local runs all of
+it here. A job that is preempted or out of time saves, is queued again and continues. --dry-run prints
+what would be submitted. Run i is in WORKDIR/<config>-seed_<s>, all of them side by side in
+WORKDIR/report. The same command again does what is not done. What follows -- goes to every run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+GRACE = 60.0  # seconds that a command may take to save
+STOPPED = (130, 143)  # a command's exit codes when a signal has ended it
+
+
+class Job(NamedTuple):
+    """One process.
+
+    Attributes:
+      name: in the queue.
+      command: what it runs.
+      needs: names of the jobs that it starts after.
+      kind: "afterok", when they have ended well; "afterany", when they have ended.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    kind: str = "afterok"
+
+
+class Command:
+    """What submitit runs: a command, stopped and queued again when submitit says so."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self.command = tuple(command)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __call__(self) -> None:
+        """Runs it to its end. Raises RuntimeError when that is not a good one."""
+        print("$", shlex.join(self.command), flush=True)
+        # SLURM sends submitit's signal to the whole step; it is not for the command.
+        self._process = subprocess.Popen(
+            self.command, preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        )
+        while (code := self._process.poll()) is None:  # no wait(): `checkpoint` is a signal handler
+            time.sleep(0.1)
+        if code in STOPPED:  # the scheduler's own SIGTERM has reached it first
+            os.kill(os.getpid(), signal.SIGUSR2)
+            time.sleep(GRACE)
+        if code:
+            raise RuntimeError(f"{shlex.join(self.command)} ended with exit code {code}.")
+
+    def checkpoint(self) -> Any:
+        """submitit's hook on preemption and timeout: lets the command save; the same one goes on."""
+        import submitit
+
+        process, deadline = self._process, time.monotonic() + GRACE
+        if process is not None:
+            process.terminate()
+            while process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.1)
+            process.kill()
+        return submitit.helpers.DelayedSubmission(Command(self.command))
+
+
+def plan(
+    config_files: Sequence[str],
+    seeds: Sequence[int],
+    num_shards: int,
+    workdir: Path,
+    overrides: Sequence[str] = (),
+) -> list[Job]:
+    """The jobs, each after those that it needs.
+
+    A run is trained, then evaluated in shards, then reported: of all that is there, and of what is
+    missing. An experiment's shards share its cells. Several runs are joined in one table at the end.
+
+    Raises:
+      SystemExit: two configs of one name.
+    """
+    jobs: list[Job] = []
+    folders: dict[str, Path] = {}
+    for file in config_files:
+        for seed in seeds:
+            name = f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', _stem(file))}-seed_{seed}"
+            if name in folders:
+                sys.exit(
+                    f"launch.sweep: two configs are called {name}: sweep them in two workdirs."
+                )
+            folder = folders[name] = workdir / name
+            base = _infsub("main", f"--config={file}", f"--workdir={folder}")
+            base += (*overrides, f"--config.seed={seed}")
+            mode, needs = "run", ()
+            if not _is_experiment(file):
+                jobs.append(Job(f"{name}-train", (*base, "--mode=train")))
+                mode, needs = "evaluate", (jobs[-1].name,)
+            parts = []
+            for index in range(num_shards):
+                shard = f"{index}/{num_shards}"
+                command = (*base, f"--mode={mode}", f"--shard={shard}")
+                parts.append(Job(f"{name}-{mode}-{shard.replace('/', '-of-')}", command, needs))
+            jobs += parts
+            ended = tuple(part.name for part in parts)
+            jobs.append(Job(f"{name}-report", (*base, "--mode=report"), ended, "afterany"))
+    if len(folders) > 1 and not any(map(_is_experiment, config_files)):
+        reports = tuple(f"{name}-report" for name in folders)
+        runs = [f"{name}={folder}" for name, folder in folders.items()]
+        command = _infsub("report", f"--out={workdir / 'report'}", "--workdirs", *runs)
+        jobs.append(Job("join", command, reports, "afterany"))
+    return jobs
+
+
+def _infsub(module: str, *arguments: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", f"infsub.{module}", *arguments)
+
+
+def _stem(file: str) -> str:
+    """The config's name, with its argument: configs/model.py:posterior=planar is model-posterior=planar."""
+    path, _, argument = file.partition(":")
+    return "-".join(filter(None, [Path(path).stem, argument.replace("=", "_")]))
+
+
+def _is_experiment(file: str) -> bool:
+    """Whether a config file is of an experiment, whose cells train and evaluate by themselves."""
+    path, _, argument = file.partition(":")
+    spec = importlib.util.spec_from_file_location("config_of_sweep", path)
+    if spec is None or spec.loader is None or not Path(path).is_file():
+        sys.exit(f"launch.sweep: --config={file}: there is no such file.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return "experiment" in module.get_config(*filter(None, [argument]))
+
+
+def parameters(given: argparse.Namespace) -> dict[str, Any]:
+    """What submitit asks the cluster for, for every job."""
+    asked: dict[str, Any] = {
+        "timeout_min": given.minutes,
+        "gpus_per_node": given.gpus,
+        "cpus_per_task": given.cpus,
+        "mem_gb": given.memory,
+    }
+    if given.cluster == "slurm":
+        asked |= {"slurm_signal_delay_s": 120, "slurm_additional_parameters": {"requeue": True}}
+        asked |= {f"slurm_{name}": value for name, value in given.slurm}
+    return asked
+
+
+def describe(job: Job, asked: dict[str, Any]) -> str:
+    """A job as --dry-run prints it: its name, what it asks for, what it waits for, its command."""
+    lines = [job.name, *(f"  {name}={value}" for name, value in asked.items())]
+    if job.needs:
+        lines.append(f"  {job.kind}={','.join(job.needs)}")
+    return "\n".join([*lines, f"  $ {shlex.join(job.command)}"])
+
+
+def submit_slurm(jobs: Sequence[Job], folder: Path, asked: dict[str, Any]) -> dict[str, str]:
+    """Submits all jobs at once, SLURM keeps their order; {name: SLURM's id}."""
+    import submitit
+
+    ids: dict[str, str] = {}
+    for job in jobs:
+        executor = submitit.AutoExecutor(folder, cluster="slurm", slurm_max_num_timeout=1000)
+        extra = dict(asked["slurm_additional_parameters"])
+        if job.needs:
+            needed = ":".join(ids[name] for name in job.needs)
+            extra |= {"dependency": f"{job.kind}:{needed}", "kill-on-invalid-dep": "yes"}
+        executor.update_parameters(
+            **asked | {"slurm_additional_parameters": extra, "name": job.name}
+        )
+        ids[job.name] = executor.submit(Command(job.command)).job_id
+        print(f"{ids[job.name]}  {job.name}", flush=True)
+    return ids
+
+
+def run_local(
+    jobs: Sequence[Job], folder: Path, asked: dict[str, Any], num_parallel: int
+) -> dict[str, str]:
+    """Runs all jobs here, so many at a time; {name: "done", "failed" or "not run"}."""
+    import submitit
+
+    executor = submitit.AutoExecutor(folder, cluster="local")
+    executor.update_parameters(**asked)
+    waiting, running, states = list(jobs), {}, {}
+    while waiting or running:
+        for name, started in list(running.items()):
+            if started.done():
+                states[name] = "failed" if started.exception() else "done"
+                print(f"{states[name]}: {name} ({started.paths.stderr})", flush=True)
+                del running[name]
+        for job in list(waiting):
+            ended = [states.get(name) for name in job.needs]
+            if None in ended or len(running) >= num_parallel:
+                continue
+            waiting.remove(job)
+            if job.kind == "afterok" and set(ended) - {"done"}:
+                states[job.name] = "not run"
+            else:
+                running[job.name] = executor.submit(Command(job.command))
+        time.sleep(0.1)
+    return states
+
+
+def _seeds(text: str) -> list[int]:
+    """ "0-3,7" as 0, 1, 2, 3, 7."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        seeds += range(int(first), int(last or first) + 1)
+    return seeds
+
+
+def _setting(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name, value
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m launch.sweep`; the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    cut = given.index("--") if "--" in given else len(given)
+    overrides = given[cut + 1 :]
+    parser = argparse.ArgumentParser(prog="python -m launch.sweep", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--config", action="append", required=True, metavar="FILE.py[:arg]")
+    parser.add_argument("--workdir", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--seeds", type=_seeds, default=[0], metavar="0-3,7")
+    parser.add_argument("--shards", type=int, default=1, metavar="N", help="of each evaluation")
+    parser.add_argument("--cluster", choices=("slurm", "local"), default="slurm")
+    parser.add_argument(
+        "--parallel", type=int, default=2, metavar="N", help="jobs at a time, local"
+    )
+    parser.add_argument("--minutes", type=int, default=720, metavar="N", help="of a job")
+    parser.add_argument("--gpus", type=int, default=0, metavar="N")
+    parser.add_argument("--cpus", type=int, default=4, metavar="N")
+    parser.add_argument("--memory", type=int, default=16, metavar="GB")
+    parser.add_argument(
+        "--slurm", type=_setting, action="append", default=[], metavar="NAME=VALUE",
+        help="of sbatch, such as partition=gpu",
+    )  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="print what would be submitted")
+    options = parser.parse_args(given[:cut])
+    if options.shards < 1:
+        parser.error(f"--shards={options.shards} must be at least 1")
+    jobs = plan(options.config, options.seeds, options.shards, options.workdir, overrides)
+    asked = parameters(options)
+    if options.dry_run:
+        print("\n".join(describe(job, asked) for job in jobs))
+        return 0
+    if importlib.util.find_spec("submitit") is None:
+        sys.exit("launch.sweep: submitit is not installed: pip install 'infsub[cluster]'")
+    folder = options.workdir / "jobs"
+    if options.cluster == "local":
+        states = run_local(jobs, folder, asked, options.parallel)
+        return int(set(states.values()) != {"done"})
+    submit_slurm(jobs, folder, asked)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
