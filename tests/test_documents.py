@@ -21,7 +21,12 @@ from infsub.report import __main__ as join
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("configs/**/*.*"))]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "launch/README.md",
+    *sorted(ROOT.glob("configs/**/*.*")),
+]
 COMMAND = re.compile(r"python -m infsub\.(\w+)((?:[^`\\\n]|\\\\?\n)*)")
 COMMANDS = {
     f"{path.relative_to(ROOT)} {number}": (found[1], re.sub(r"\\+\n", " ", found[2]))
