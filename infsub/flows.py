@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from infsub import densities
-from infsub.types import Array, Key, Matrix, Params, Target, Vector
+from infsub import densities, linalg
+from infsub.types import Array, Gaussian, Key, Matrix, Params, Target, Vector
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "elu": jax.nn.elu,
@@ -140,6 +140,43 @@ def _sylvester_matrices(params: Params) -> tuple[Array, Array, Array, Array]:
 
 
 sylvester = _tanh_flow(_sylvester_matrices)
+
+
+_STRAIGHT_TANH = 0.05  # of a unit's input at one standard deviation: bent by 0.1 %
+
+
+def correlated_sylvester(steps: list[Params], q: Gaussian) -> tuple[list[Params], Vector]:
+    """Sylvester steps that `correlate` nearly to q's precision, and the scale [D] of their noise.
+
+    Where R2 is small and R1 large a step is straight: z' = z + Q N Qᵀ (z − mean), N = R1 R2 upper
+    triangular.
+    """
+    inverse = linalg.solve(q.scale, jnp.eye(q.mean.size, dtype=q.scale.dtype))
+    maps = [{name: step[name] for name in ("reflectors", "triangles")} for step in steps]
+
+    def shear(a: Params, t: Matrix) -> tuple[Array, Matrix]:
+        basis = _orthonormal(a["reflectors"], len(a["triangles"]))
+        return basis, t + basis @ (jnp.tril(a["triangles"], -1).T @ (basis.T @ t))
+
+    def product(maps: Any) -> Matrix:
+        t = jnp.eye(q.mean.size, dtype=q.scale.dtype)
+        for a in maps:
+            t = shear(a, t)[1]
+        return t
+
+    maps, scale = correlate(inverse.T @ inverse, product, maps, 0.1, 800)
+    factor, new = jnp.diag(scale), []
+    for a in maps:
+        basis, sheared = shear(a, factor)
+        spread = jnp.sqrt(jnp.sum((basis.T @ factor) ** 2, axis=1))
+        # R2 = diag(small) scales what the units see to `_STRAIGHT_TANH`, R1 scales it back.
+        small = jnp.minimum(_STRAIGHT_TANH / spread, 0.5)
+        r1 = jnp.tril(a["triangles"], -1).T / small
+        diagonals = jnp.stack([jnp.zeros_like(small), jnp.arctanh(small / math.sqrt(_CONTRACTION))])
+        bias = -small * (basis.T @ q.mean)
+        new.append(a | {"triangles": r1, "diagonals": diagonals, "bias": bias})
+        factor = sheared
+    return new, scale
 
 
 def init_sylvester(key: Key, latent_dim: int, rank: int, num_reflections: int) -> Params:
@@ -289,35 +326,30 @@ def init_coupling(
     }
 
 
-# Steps of Adam from near 0 to the shears of a Gaussian: then KL is below 1e-3 nats at D = 50, in a
-# hundredth of the time that gradients of a decoder take to find them.
-_NUM_SHEAR_STEPS = 200
-_SHEARING = optax.adam(optax.cosine_decay_schedule(0.05, _NUM_SHEAR_STEPS))
-NUM_SHEARS = 2  # couplings it takes
+def correlate(
+    precision: Matrix,
+    product: Callable[[Any], Matrix],
+    maps: Any,
+    learning_rate: float,
+    num_steps: int,
+) -> tuple[Any, Vector]:
+    """`maps` whose linear flow T = product(maps) makes N(0, precision⁻¹) of independent noise.
 
-
-def shears(precision: Matrix, num_first: int) -> tuple[list[tuple[Array, Array]], Vector]:
-    """Linear couplings that make N(0, precision⁻¹) of independent noise.
-
-    z = U_2 L_2 U_1 L_1 (scale ∘ ε), where L adds M a to b and U adds N b to a: with T their product,
-    the best scale is (TᵀPT)_ii^(−1/2), and the KL left is ½ Σ log (TᵀPT)_ii − ½ log det P. It vanishes
-    where TᵀPT is diagonal; Adam finds such a T.
+    With the best scale of the noise, (TᵀPT)_ii^(−1/2), the flow is ½ Σ log (TᵀPT)_ii − ½ log det P
+    nats away in KL, and there where TᵀPT is diagonal. Adam finds such a T from the `maps` given, in
+    a hundredth of the time that gradients of a decoder take to find it.
 
     Args:
-      precision: P [D, D], of diagonal 1.
-      num_first: size of a; b is the rest.
+      precision: P [D, D].
+      product: maps -> T [D, D], of determinant 1.
+      maps: any pytree; none that is left as it is by all gradients.
+      learning_rate: of Adam's first step; it falls as a cosine.
+      num_steps: of Adam.
 
     Returns:
-      ([(M [D − A, A], N [A, D − A]) of each step], scale [D]).
+      (maps, scale [D]).
     """
-    num_second = len(precision) - num_first
-
-    def product(maps: Any) -> Matrix:
-        t = jnp.eye(len(precision), dtype=precision.dtype)
-        for m, n in maps:
-            t = t.at[num_first:].add(m @ t[:num_first])
-            t = t.at[:num_first].add(n @ t[num_first:])
-        return t
+    adam = optax.adam(optax.cosine_decay_schedule(learning_rate, num_steps))
 
     def diagonal(maps: Any) -> Vector:
         t = product(maps)
@@ -326,17 +358,34 @@ def shears(precision: Matrix, num_first: int) -> tuple[list[tuple[Array, Array]]
     def descend(_: Array, carry: Any) -> Any:
         maps, moments = carry
         gradient = jax.grad(lambda maps: jnp.sum(jnp.log(diagonal(maps))) / 2)(maps)
-        updates, moments = _SHEARING.update(gradient, moments)
+        updates, moments = adam.update(gradient, moments)
         return optax.apply_updates(maps, updates), moments
 
-    # Any start but 0, where a shear and the next would do the same.
-    noise = 0.1 * jax.random.normal(
-        jax.random.key(0), (NUM_SHEARS, 2, num_second, num_first), precision.dtype
-    )
-    maps: Any = [(m, n.T) for m, n in noise]
-    carry = maps, _SHEARING.init(maps)
-    maps, _ = jax.lax.fori_loop(0, _NUM_SHEAR_STEPS, descend, carry)
+    maps, _ = jax.lax.fori_loop(0, num_steps, descend, (maps, adam.init(maps)))
     return maps, 1 / jnp.sqrt(diagonal(maps))
+
+
+NUM_SHEARS = 2  # couplings that make any covariance; one alone leaves a's own as it is
+
+
+def shears(precision: Matrix, num_first: int) -> tuple[list[tuple[Array, Array]], Vector]:
+    """Linear couplings that `correlate`, of diagonal 1: b' = b + M a, then a' = a + N b'.
+
+    Returns:
+      ([(M [D − A, A], N [A, D − A]) of each of NUM_SHEARS couplings], scale [D]), A the size of a.
+    """
+
+    def product(maps: Any) -> Matrix:
+        t = jnp.eye(len(precision), dtype=precision.dtype)
+        for m, n in maps:
+            t = t.at[num_first:].add(m @ t[:num_first])
+            t = t.at[:num_first].add(n @ t[num_first:])
+        return t
+
+    # Not 0, where a coupling and the next would do the same.
+    shape = NUM_SHEARS, 2, len(precision) - num_first, num_first
+    noise = 0.1 * jax.random.normal(jax.random.key(0), shape, precision.dtype)
+    return correlate(precision, product, [(m, n.T) for m, n in noise], 0.05, 200)
 
 
 def leapfrog(target: Target) -> Flow:

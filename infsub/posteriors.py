@@ -130,8 +130,8 @@ def with_gaussian(params: Params, q: Gaussian) -> Params:
 def start(key: Key, posterior: Posterior, q: Gaussian) -> Params:
     """Params of any family that is q as nearly as it can be: itself, or at its base Gaussian.
 
-    Of the families here `full_gaussian`, `rnvp` and `auxiliary` can be any Gaussian, `gaussian` and
-    the base of the others any factorised one.
+    Of the families here `full_gaussian`, `rnvp` and `auxiliary` can be any Gaussian, `sylvester`
+    nearly, `gaussian` and the base of the others any factorised one.
     """
     params = posterior.init(key)
     if posterior.place is not None and jnp.ndim(q.scale) == 2:
@@ -380,7 +380,12 @@ def sylvester(
         ]
         return params
 
-    return _flow_posterior(init, flows.sylvester, "encoded")
+    def place(params: Params, q: Gaussian) -> Params:
+        steps, scale = flows.correlated_sylvester(params["encoded"]["steps"], q)
+        params = with_gaussian(params, Gaussian(q.mean, scale))
+        return params | {"encoded": params["encoded"] | {"steps": steps}}
+
+    return _flow_posterior(init, flows.sylvester, "encoded")._replace(place=place)
 
 
 @_cached

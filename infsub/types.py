@@ -233,8 +233,8 @@ class Posterior(NamedTuple):
       natural: (params, gradient) -> F⁻¹ gradient, F the Fisher information of q at params: the
         direction in which a gradient in the params is steepest in KL, whatever their units. None
         where the family does not know it.
-      place: (params, q) -> params at which q(z) is q, a Gaussian of full covariance, exactly. None
-        where the family cannot be it: `posteriors.with_gaussian` then gives it a factorised one.
+      place: (params, q) -> params at which q(z) is q, a Gaussian of full covariance, as nearly as
+        it can be. None where the family can be factorised ones only, by `posteriors.with_gaussian`.
     """
 
     init: Callable[[Key], Params]
