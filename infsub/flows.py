@@ -124,11 +124,12 @@ def init_planar(key: Key, latent_dim: int) -> Params:
 
 def _orthonormal(reflectors: Array, num_columns: int) -> Array:
     """The first columns of a product of Householder reflections, reflectors [R, D] -> [D, M]."""
-    columns = jnp.eye(reflectors.shape[1], num_columns, dtype=reflectors.dtype)
-    for v in reflectors[::-1]:
+    def reflect(columns: Array, v: Array) -> tuple[Array, None]:
         norm2 = jnp.dot(v, v)
-        columns -= 2 * jnp.outer(v, v @ columns) / jnp.where(norm2 > 0, norm2, 1)
-    return columns
+        return columns - 2 * jnp.outer(v, v @ columns) / jnp.where(norm2 > 0, norm2, 1), None
+
+    columns = jnp.eye(reflectors.shape[1], num_columns, dtype=reflectors.dtype)
+    return jax.lax.scan(reflect, columns, reflectors, reverse=True)[0]
 
 
 def _sylvester_matrices(params: Params) -> tuple[Array, Array, Array, Array]:
