@@ -124,6 +124,7 @@ def init_planar(key: Key, latent_dim: int) -> Params:
 
 def _orthonormal(reflectors: Array, num_columns: int) -> Array:
     """The first columns of a product of Householder reflections, reflectors [R, D] -> [D, M]."""
+
     def reflect(columns: Array, v: Array) -> tuple[Array, None]:
         norm2 = jnp.dot(v, v)
         return columns - 2 * jnp.outer(v, v @ columns) / jnp.where(norm2 > 0, norm2, 1), None
