@@ -14,6 +14,7 @@ import argparse
 import collections
 import json
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -97,6 +98,14 @@ def kill(
     found.check("Traceback" not in answer["log"], f"{where}: {answer['log']}")
 
 
+def copy_of_the_training(whole: Path, workdir: Path) -> None:
+    """A run that is trained as `whole`, and not evaluated."""
+    shutil.copytree(whole, workdir)
+    for pattern in ("rows*", "bdmc*", "table*", "evaluation.json", "report.html", "*.npz", "gaps*"):
+        for path in workdir.glob(pattern):
+            path.unlink()
+
+
 def contents(workdir: Path, with_rows: bool) -> dict[str, Any]:
     """What must be the same to the bit."""
     names = ["metrics.jsonl", "metrics.csv", "summary.json", "samples.png"]
@@ -111,17 +120,17 @@ def compare(workdir: Path, whole: Path, with_rows: bool, found: Found) -> None:
     """Takes note of everything that differs from the undisturbed run."""
     one, other = contents(workdir, with_rows), contents(whole, with_rows)
     differing = [name for name in other if one.get(name) != other[name]]
-    found.check(not differing, f"{workdir.name} differs in {differing}")
+    found.check(not differing, f"{workdir.parent.name} differs in {differing}")
     for stem in ("rows", "bdmc"):
         lines = [row for path in shards.paths(workdir, stem) for row in files.read_rows(path)]
         wanted = files.read_rows(whole / f"{stem}.jsonl")
         indices = sorted(row["index"] for row in lines)
         found.check(
-            indices == [row["index"] for row in wanted], f"{workdir.name}: {stem} {indices}"
+            indices == [row["index"] for row in wanted], f"{workdir.parent.name}: {stem} {indices}"
         )
         for row, want in zip(sorted(lines, key=lambda row: row["index"]), wanted, strict=False):
             same = [np.allclose(row[n], want[n], rtol=1e-6, atol=2e-3) for n in want if want[n]]
-            found.check(all(same), f"{workdir.name}: {stem} {row} is not {want}")
+            found.check(all(same), f"{workdir.parent.name}: {stem} {row} is not {want}")
 
 
 def one_run(
@@ -131,7 +140,9 @@ def one_run(
     for phase in ORDER:
         kill(command, workdir, phase, moments, found)
     answer = command(*ARGUMENTS, f"--workdir={workdir}")
-    found.check(answer["code"] == 0, f"{workdir.name} ends with {answer['code']}: {answer['log']}")
+    found.check(
+        answer["code"] == 0, f"{workdir.parent.name} ends with {answer['code']}: {answer['log']}"
+    )
     compare(workdir, whole, True, found)
 
 
@@ -165,11 +176,15 @@ def at_once(pair: list[Command], workdir: Path, whole: Path, found: Found, shard
     for thread in threads:
         thread.join()
     codes = sorted(answer["code"] for answer in answers)
-    found.check(codes == ([0, 0] if shard else [0, 2]), f"{workdir.name}: exit codes {codes}")
+    found.check(
+        codes == ([0, 0] if shard else [0, 2]), f"{workdir.parent.name}: exit codes {codes}"
+    )
     for answer in answers:
-        found.check("Traceback" not in answer["log"], f"{workdir.name}: {answer['log']}")
+        found.check("Traceback" not in answer["log"], f"{workdir.parent.name}: {answer['log']}")
         if answer["code"] == 2:
-            found.check("is held by process" in answer["log"], f"{workdir.name}: {answer['log']}")
+            found.check(
+                "is held by process" in answer["log"], f"{workdir.parent.name}: {answer['log']}"
+            )
     compare(workdir, whole, not shard, found)
 
 
@@ -185,16 +200,16 @@ def main() -> int:
         for i in range(2):
             (folder / f"log{i}").mkdir()
         with commands(folder / "log0") as command, commands(folder / "log1") as other:
-            whole = folder / "whole"
+            whole = folder / "whole/run"  # its name is in the table
             answer = command(*ARGUMENTS, f"--workdir={whole}")
             if answer["code"]:
                 sys.exit(answer["log"])
             for i in range(given.rounds):
-                one_run(command, folder / f"run{i}", whole, moments, found)
-                shards_of_one(command, folder / f"shards{i}", whole, moments, found)
+                one_run(command, folder / f"killed{i}/run", whole, moments, found)
+                shards_of_one(command, folder / f"shards{i}/run", whole, moments, found)
                 print(f"round {i + 1}: {sum(found.kills.values())} kills", flush=True)
             for i in range(given.pairs):
-                at_once([command, other], folder / f"pair{i}", whole, found, shard=i % 2 == 1)
+                at_once([command, other], folder / f"pair{i}/run", whole, found, shard=i % 2 == 1)
     print(json.dumps(dict(sorted(found.kills.items())), indent=2))
     print(
         f"{sum(found.kills.values())} kills in {given.rounds} runs and {3 * given.rounds} shards, "
