@@ -96,6 +96,7 @@ def parse(argv: list[str]) -> list[str]:
         sys.exit(2)
 
 
+@functools.cache  # once in a process
 def hush() -> None:
     """Warnings as sentences; background threads do not print what goes wrong: it is raised to us too."""
     logging.get_absl_logger().addFilter(

@@ -5,6 +5,7 @@ A table of spoilt workdirs: each is one sentence and an exit code, in this proce
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -521,3 +522,23 @@ def test_what_the_system_refuses_is_a_sentence(whole, tmp_path):
     assert code == 1
     assert re.search(r"tensorboard\S* cannot be used \(.*\): mend or remove it\.", sentences[-1])
     assert os.path.isfile(workdir / "tensorboard")
+
+
+def test_out_of_memory_is_a_sentence(whole, monkeypatch, capsys):
+    def run_out(*_):
+        raise MemoryError("one datapoint does not fit into the device's memory")
+
+    monkeypatch.setattr(main, "run", run_out)
+    code, (sentence,) = run(whole, "evaluate")
+    assert code == 1
+    assert sentence.startswith(
+        "one datapoint does not fit into the device's memory; all whole rows"
+    )
+    before: list[str] = []
+    show = functools.partial(main._in_a_sentence, lambda *shown: before.append(str(shown[0])))
+    show("out of memory with 8 datapoints at a time: going on with 4", RuntimeWarning, "file.py", 1)
+    assert capsys.readouterr().err == (
+        "infsub: out of memory with 8 datapoints at a time: going on with 4.\n"
+    )
+    show("something else", RuntimeWarning, "file.py", 1)
+    assert before == ["something else"]

@@ -27,6 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
+    except OSError as error:  # a full disk
+        print(f"{given.out} cannot be written to ({error.strerror}).", file=sys.stderr)
+        return 1
     return 0
 
 
