@@ -348,7 +348,8 @@ def _write_rows(
     done = len(set(mine.tolist()) & written.keys())
     if done < len(mine):
         files.rewrite_rows(path, written.values())  # without a torn last line
-    progress = files.Progress(len(mine), f"{label}{shard.name}", done, "datapoint")
+    named = label if shard == WHOLE else f"{label} {shard}"
+    progress = files.Progress(len(mine), named, done, "datapoint")
     for block in np.split(mine, range(block_size, len(mine), block_size)):
         missing = ~np.isin(block, list(written))
         if missing.any():

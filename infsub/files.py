@@ -11,6 +11,7 @@ import errno
 import io
 import json
 import os
+import secrets
 import sys
 import time
 import zipfile
@@ -95,14 +96,19 @@ class Progress:
             self._bar.close()
 
 
+def aside(path: Path) -> Path:
+    """A name beside `path` that no other process takes: in containers all have the same pid."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file so that a reader sees the old one or the new one, whole."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    new = aside(path)
     try:
-        aside.write_bytes(content)
-        os.replace(aside, path)
+        new.write_bytes(content)
+        os.replace(new, path)
     except OSError:
-        aside.unlink(missing_ok=True)
+        new.unlink(missing_ok=True)
         raise
 
 

@@ -23,13 +23,14 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from infsub import signals
-from infsub.files import duration, is_full, read_json, say, write_json
+from infsub.files import aside, duration, is_full, read_json, say, write_json
 from infsub.types import UserError
 
 SIGN_OF_LIFE = 20.0  # seconds between two
 PRESUMED_DEAD = 120.0  # seconds without one
 MOMENT = 10.0  # seconds within which who only looks, or notes something, is done
 _JOBS = ("SLURM_JOB_ID", "JOB_COMPLETION_INDEX", "SKYPILOT_TASK_ID")  # set in a scheduler's job
+CONFIRMED = 1.0  # seconds after which another host's note would be seen
 POLL = 1.0  # seconds between two looks at a lock that is waited for
 
 
@@ -61,7 +62,6 @@ def owned(folder: Path, activity: str, patience: float = 0.0) -> Iterator[None]:
     _acquire(folder, activity, lock, note, patience)
     ended = threading.Event()
     try:
-        write_json(note, _here())
         # A signal leaves no note that would hold up the same job on another host.
         ending = signals.at_end(functools.partial(note.unlink, missing_ok=True))
         threading.Thread(target=_show_life, args=(note, ended), daemon=True).start()
@@ -109,9 +109,19 @@ def _try(folder: Path, activity: str, lock: FileLock, note: Path) -> None:
             f"--workdir={folder} cannot be written to ({error.strerror}): give another one."
         ) from error
     before = _read(note)
-    if before and before["host"] != socket.gethostname() and _age(note) < PRESUMED_DEAD:
+    other = before if before and before["host"] != socket.gethostname() else None
+    if not (other and _age(note) < PRESUMED_DEAD):
+        mine = _here()
+        write_json(note, mine)
+        if not _in_a_job():
+            return
+        time.sleep(
+            CONFIRMED
+        )  # two hosts that start at once have both found nobody: the last one owns
+        other = now if (now := _read(note)) != mine else None
+    if other:
         lock.release()
-        silent = Held(_held(folder, activity, before, alive=False))
+        silent = Held(_held(folder, activity, other, alive=False))
         silent.silent = True
         raise silent
 
@@ -146,7 +156,7 @@ def _read(note: Path) -> dict[str, Any] | None:
 
 def _age(note: Path) -> float:
     """Seconds since the owner's last sign of life, by the clock of the note's own file system."""
-    probe = note.with_name(f"{note.name}.{os.getpid()}")
+    probe = aside(note)
     probe.touch()
     try:
         return probe.stat().st_mtime - note.stat().st_mtime

@@ -49,6 +49,11 @@ def test_files_are_replaced_whole(tmp_path):
     assert os.listdir(tmp_path) == ["file"]  # nothing left aside
 
 
+def test_no_two_processes_write_aside_at_the_same_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "getpid", lambda: 1)  # as in every container
+    assert files.aside(tmp_path / "file") != files.aside(tmp_path / "file")
+
+
 def test_csv_has_the_columns_of_all_rows(tmp_path):
     files.write_csv(tmp_path / "m.csv", [{"epoch": 1, "elbo": -3.5}, {"epoch": 2, "iwae": -1.0}])
     assert (tmp_path / "m.csv").read_text() == "epoch,elbo,iwae\n1,-3.5,\n2,,-1.0\n"

@@ -126,6 +126,20 @@ def test_a_job_waits_until_another_host_is_presumed_dead(tmp_path, monkeypatch):
         locks.owned(tmp_path, "training").__enter__()
 
 
+def test_of_two_hosts_that_start_at_once_the_last_to_say_so_owns(tmp_path, monkeypatch):
+    """Where flock is not carried between hosts, both find nobody; here the other one is a note."""
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    monkeypatch.setattr(locks, "PRESUMED_DEAD", 0.0)  # it is not waited for
+    monkeypatch.setattr(locks, "SIGN_OF_LIFE", 0.0)
+    monkeypatch.setattr(locks, "CONFIRMED", 0.3)
+    note = tmp_path / ".training.json"
+    other = {"host": "elsewhere", "pid": 7, "since": "noon", "command": "infsub"}
+    threading.Timer(0.1, files.write_json, (note, other)).start()
+    with pytest.raises(UserError, match="process 7 on elsewhere"):
+        locks.owned(tmp_path, "training").__enter__()
+    assert json.loads(note.read_text()) == other  # it is the other's, and stays
+
+
 def test_a_signal_leaves_no_note(tmp_path):
     program = HOLD.replace("with locks", "from infsub import signals\nsignals.watch()\nwith locks")
     process = subprocess.Popen(
