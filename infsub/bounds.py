@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +61,7 @@ def log_weight(key: Key, target: Target, q: Sampler) -> Scalar:
     return log_joint(target, z) - log_q
 
 
-def elbo(key: Key, target: Target, q: Gaussian | Sampler, num_samples: int = 100) -> Estimate:
+def elbo(key: Key, target: Target, q: Gaussian | Sampler | Any, num_samples: int = 100) -> Estimate:
     """Evidence lower bound L[q] = E_q[log p(x, z) − log q(z)] (Kingma & Welling 2014, eq. 3).
 
     Args:
@@ -128,7 +129,7 @@ def _estimate(
 def iwae(
     key: Key,
     target: Target,
-    q: Gaussian | Sampler,
+    q: Gaussian | Sampler | Any,
     num_samples: int = 5000,
     *,
     chunk_size: int = 500,

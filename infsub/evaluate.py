@@ -80,8 +80,8 @@ def _evaluate(
     settings, root = config.evaluate, jax.random.key(config.seed)
     key_rows, key_certificate = stream(root, Stream.ROWS), stream(root, Stream.CERTIFICATE)
     source = _theirs(config, root) if config.model.imported else _ours(config, workdir, run, root)
-    indices = choose(source, settings)
-    facts = source.facts
+    points, facts = source.points, source.facts
+    indices = choose(points, settings)
     with contextlib.ExitStack() as whole:
         if shard != WHOLE:  # one shard at a time, and none while the whole is evaluated
             held = locks.owned(workdir / settings.name, _ACTIVITY, locks.MOMENT)
@@ -96,8 +96,8 @@ def _evaluate(
         return map_datapoints(function, key, xs, source.params, source.subject, **options)
 
     def evaluated(block: np.ndarray) -> dict[str, Any]:
-        labels = [None] * len(block) if source.labels is None else source.labels[block]
-        columns = mapped(subjects.bounds, key_rows, source.at(block), block)
+        labels = [None] * len(block) if points.labels is None else points.labels[block]
+        columns = mapped(subjects.bounds, key_rows, points.at(block), block)
         return {rows.LABEL: labels} | columns
 
     written = _write_rows(folder, "rows", shard, "evaluating", indices, block_size, evaluated)
@@ -105,31 +105,47 @@ def _evaluate(
         simulated = np.arange(settings.bdmc.num_points)
 
         def bounded(block: np.ndarray) -> dict[str, Any]:
-            covariates = source.at(indices[block % len(indices)])
+            covariates = points.at(indices[block % len(indices)])
             return mapped(subjects.certificate, key_certificate, covariates, block)
 
         _write_rows(folder, "bdmc", shard, "certifying", simulated, block_size, bounded)
     bad = _not_finite(indices, written)
     if not (folder / records.IMAGES).exists():
         blocks = np.split(indices, range(block_size, len(indices), block_size))
-        shown = [source.shown(block) for block in blocks]
+        shown = [points.shown(block) for block in blocks]
         arrays = {name: np.concatenate([part[name] for part in shown]) for name in shown[0]}
         files.write_npz(folder / records.IMAGES, {"indices": indices} | arrays)
     if not settings.grid or (folder / records.POSTERIORS).exists():
         return bad
     everything = shards.read(folder, "rows")
     first = indices[~np.isin(indices, _not_finite(indices, everything))][:_NUM_DRAWN]
-    pictures = source.shown(first).get("images") if first.size else None
+    pictures = points.shown(first).get("images") if first.size else None
     if len(everything) == len(indices) and pictures is not None:  # the last shard draws them
         arrays = {
             "indices": first,
             "images": pictures / 255,
             "families": [source.own, *settings.local.families],
         }
-        arrays |= {} if source.labels is None else {"labels": source.labels[first]}
-        arrays |= mapped(subjects.densities, key_rows, source.at(first), first)
+        arrays |= {} if points.labels is None else {"labels": points.labels[first]}
+        arrays |= mapped(subjects.densities, key_rows, points.at(first), first)
         files.write_npz(folder / records.POSTERIORS, arrays)
     return bad
+
+
+class _Points(NamedTuple):
+    """The datapoints there are.
+
+    Attributes:
+      size: N.
+      labels: [N], or None.
+      at: indices [B] -> x's, a pytree [B, …].
+      shown: indices [B] -> what a page shows of them, as `thumbnails.arrays`.
+    """
+
+    size: int
+    labels: np.ndarray | None
+    at: Callable[[np.ndarray], Any]
+    shown: Callable[[np.ndarray], dict[str, np.ndarray]]
 
 
 class _Source(NamedTuple):
@@ -137,20 +153,13 @@ class _Source(NamedTuple):
 
     Attributes:
       own: the encoder's family.
-      size: N, of the datapoints there are.
-      labels: [N], or None.
-      at: indices [B] -> x's, a pytree [B, …].
-      shown: indices [B] -> what a page shows of them, as `thumbnails.arrays`.
       facts: what rows depend on beside the settings.
     """
 
     subject: Subject
     params: Any
     own: str
-    size: int
-    labels: np.ndarray | None
-    at: Callable[[np.ndarray], Any]
-    shown: Callable[[np.ndarray], dict[str, np.ndarray]]
+    points: _Points
     facts: dict[str, Any]
 
 
@@ -170,8 +179,8 @@ def _ours(config: configs.Config, workdir: Path, run: dict[str, Any], root: Key)
     else:
         split = dataset.split(settings.split)
     own = config.model.posterior.name
-    of_data = _of_data(split, dataset.levels, root)
-    return _Source(subject_of(vae, own), variables, own, *of_data, facts)
+    points = _points_of(split, dataset.levels, root)
+    return _Source(subject_of(vae, own), variables, own, points, facts)
 
 
 def _theirs(config: configs.Config, root: Key) -> _Source:
@@ -197,7 +206,7 @@ def _theirs(config: configs.Config, root: Key) -> _Source:
     facts = {"params and xs": found.identity}
     if xs is None:
         dataset = imported.data_of(config)
-        of_data = _of_data(dataset.split(settings.split), dataset.levels, root)
+        points = _points_of(dataset.split(settings.split), dataset.levels, root)
     else:
 
         def at(block: np.ndarray) -> Any:
@@ -206,14 +215,13 @@ def _theirs(config: configs.Config, root: Key) -> _Source:
         def shown(block: np.ndarray) -> dict[str, np.ndarray]:
             return thumbnails.arrays(at(block))
 
-        of_data = found.size, labels, at, shown
-    first = jax.tree.map(lambda leaf: leaf[0], of_data[2](np.arange(1)))
+        points = _Points(found.size, labels, at, shown)
+    first = jax.tree.map(lambda leaf: leaf[0], points.at(np.arange(1)))
     own = subjects.family_of(model, params, first) or config.model.posterior.name
-    return _Source(subject, params, own, *of_data, facts)
+    return _Source(subject, params, own, points, facts)
 
 
-def _of_data(split: data.Split, levels: int, root: Key) -> tuple[Any, ...]:
-    """size, labels, at and shown of a split."""
+def _points_of(split: data.Split, levels: int, root: Key) -> _Points:
     key = stream(root, Stream.IMAGES)
 
     def at(block: np.ndarray) -> np.ndarray:
@@ -222,7 +230,7 @@ def _of_data(split: data.Split, levels: int, root: Key) -> tuple[Any, ...]:
     def shown(block: np.ndarray) -> dict[str, np.ndarray]:
         return {"images": (at(block) * (255 / (levels - 1))).astype(np.uint8)}
 
-    return split.size, split.labels, at, shown
+    return _Points(split.size, split.labels, at, shown)
 
 
 @functools.cache

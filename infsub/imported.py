@@ -74,8 +74,10 @@ def load(name: str, checkpoint: str) -> Imported:
     folder = str(Path.cwd())
     sys.path.insert(0, folder)  # as they asked, and as python -m would
     try:
-        build = functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
-        built = build(*([checkpoint] if checkpoint else []))
+        build: Any = functools.reduce(
+            getattr, attribute.split("."), importlib.import_module(module)
+        )
+        built: Any = build(*([checkpoint] if checkpoint else []))
     except Exception as error:  # their code may raise anything
         reason = " ".join(str(error).split())
         raise UserError(f"{flag} failed: {type(error).__name__}: {reason}.") from error
@@ -87,7 +89,7 @@ def load(name: str, checkpoint: str) -> Imported:
             f"{flag} must return (infsub.Model, params), or with data of its own (Model, params, xs) or "
             f"(Model, params, xs, labels); it returned {_described(built)}."
         )
-    found = Imported(*built)
+    found = Imported._make((*built, None, None)[:4])
     try:
         labels = None if found.labels is None else np.asarray(found.labels)
         if labels is not None and labels.shape != (found.size,):

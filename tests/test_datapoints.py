@@ -321,4 +321,4 @@ def test_mistakes_are_told_in_a_sentence():
         ):
             infsub.map_datapoints(swapped, key, packed)
     with pytest.raises(TypeError, match="progress must be True, a word"):
-        infsub.map_datapoints(swapped, key, XS, progress=3)
+        infsub.map_datapoints(swapped, key, XS, progress=3)  # pyright: ignore

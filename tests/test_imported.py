@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,11 +25,9 @@ HERE = Path(__file__).parent
 def small(name="own_model:build", **fields):
     config = configs.default().unlock()
     config.model.imported = name
-    config.evaluate.update(
-        {"first": 4, "per_class": 0, "elbo_samples": 50, "iwae_samples": 50}
-        | {"ais": {"num_chains": 4, "num_temperatures": 5, "num_leapfrog": 2}}
-        | {"local": {"max_steps": 100}, "bdmc": {"num_points": 3}}
-    )
+    config.evaluate.update({"first": 4, "per_class": 0, "elbo_samples": 50, "iwae_samples": 50})
+    config.evaluate.ais.update({"num_chains": 4, "num_temperatures": 5, "num_leapfrog": 2})
+    config.evaluate.update({"local": {"max_steps": 100}, "bdmc": {"num_points": 3}})
     config.evaluate.update(fields)
     return config.lock()
 
@@ -83,7 +82,7 @@ def test_other_weights_do_not_mix(workdir):
     config.model.checkpoint = "2.0"
     with pytest.raises(UserError, match=r"model\.checkpoint was 'nothing' and is '2.0'"):
         run(config.lock(), workdir)
-    found = files.read_json(workdir / "evaluation.json")
+    found: Any = files.read_json(workdir / "evaluation.json")
     files.write_json(workdir / "evaluation.json", found | {"params and xs": "others"})
     with pytest.raises(UserError, match="params and xs was 'others'"):
         run(small(), workdir)

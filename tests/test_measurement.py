@@ -127,7 +127,7 @@ def test_models_side_by_side(measured, xs):
     assert "off: log p̂ is AIS" in str(both)
     assert len(both.figure().axes) == 1
     with pytest.raises(TypeError, match=r"\{name: Measurement"):
-        infsub.compare([measured])
+        infsub.compare([measured])  # pyright: ignore
     with pytest.raises(ValueError, match="at least one"):
         infsub.compare({})
 

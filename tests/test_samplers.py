@@ -103,7 +103,7 @@ def test_what_is_no_q_is_told_in_a_sentence():
     with pytest.raises(TypeError, match=r"got tuple: write infsub.Gaussian\(mean, scale\)"):
         infsub.iwae(key, target, (mean, scale), 10)
     with pytest.raises(TypeError, match=r"got tuple: write infsub.Gaussian\(mean, scale\)"):
-        infsub.ais(key, target, (mean, scale))
+        infsub.ais(key, target, (mean, scale))  # pyright: ignore
     with pytest.raises(TypeError, match=r"write posteriors.sampler\(posterior, params\)"):
         infsub.elbo(key, target, planar)
     with pytest.raises(TypeError, match=r"write posteriors.sampler\(posterior, params\)"):

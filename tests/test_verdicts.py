@@ -211,8 +211,7 @@ def test_what_cannot_be_said():
     parsed = rows.parse(made)
     found = verdicts.judge(parsed, gaps.decompose(parsed))
     assert str(found.model) == "inconclusive (the gap is not split)"
-    made = [DEFAULT | {"index": n} for n in range(3)]
-    made[1] = made[1] | {"ais": None}
+    made = [DEFAULT | {"index": n} | ({"ais": None} if n == 1 else {}) for n in range(3)]
     parsed = rows.parse(made)
     found = verdicts.judge(parsed, gaps.decompose(parsed))
     assert str(found.points[1]) == "inconclusive (not finite)"
