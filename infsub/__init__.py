@@ -18,6 +18,7 @@ from infsub.bounds import elbo, iwae
 from infsub.check import Check, check
 from infsub.datapoints import map_datapoints
 from infsub.laplace import LaplaceInfo, laplace, laplace_with_info
+from infsub.latents import FlatLatent, flat_latent
 from infsub.local import LocalResult, local_curve, optimize_local
 from infsub.measure import AIS, Settings
 from infsub.measurement import Comparison, Measurement, compare, load, measure
@@ -30,6 +31,7 @@ __all__ = [
     "Check",
     "Comparison",
     "Estimate",
+    "FlatLatent",
     "Gaussian",
     "LaplaceInfo",
     "LocalResult",
@@ -46,6 +48,7 @@ __all__ = [
     "data",
     "densities",
     "elbo",
+    "flat_latent",
     "gaps",
     "grids",
     "iwae",

@@ -177,6 +177,11 @@ class Comparison:
         """One a measurement, by its name here."""
         return [m.run._replace(name=name) for name, m in self.measurements.items()]
 
+    @property
+    def differences(self) -> dict[str, dict[str, gaps.Line]]:
+        """{name: {line: its difference to the first measurement}}, paired; of the same datapoints."""
+        return tables.differences(self.runs)
+
     def table(self, format: Format = "markdown") -> str:
         """A column for each as Markdown or LaTeX, a row for each and line as CSV."""
         return tables.table(self.runs, format)
@@ -186,13 +191,14 @@ class Comparison:
         return bars(self.runs)
 
     def __str__(self) -> str:
-        return "\n".join(tables.summary(self.runs))
+        return "\n".join([*tables.summary(self.runs), *tables.difference_tables(self.runs)])
 
     def __repr__(self) -> str:
         return str(self)
 
     def _repr_markdown_(self) -> str:
-        return "\n".join([*tables.markdown(self.runs), "", *tables.footer(self.runs)])
+        below = [*tables.difference_tables(self.runs), "", *tables.footer(self.runs)]
+        return "\n".join([*tables.markdown(self.runs), *below])
 
 
 def measure(

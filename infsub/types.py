@@ -132,7 +132,8 @@ class Model(NamedTuple):
 
     As an argument of jit, vmap or scan a Model is its functions: `latent_dim` is structure, and one
     made anew of the same functions does not compile anew. `params` are whatever the functions take;
-    x is an array or any pytree of arrays, covariates included; z is flat.
+    x is an array or any pytree of arrays, covariates included; z is flat, [D]: `flat_latent`
+    ravels a latent of several parts into it.
 
     Attributes:
       latent_dim: D.

@@ -125,6 +125,15 @@ def test_models_side_by_side(measured, xs):
     assert gap.split(" | ")[2].startswith("**")  # the smaller one, paired
     assert f"| {label('elbo')} |" in table
     assert "off: log p̂ is AIS" in str(both)
+    line = both.differences["near"]["inference_gap"]
+    values = better.gaps.lines["inference_gap"].values - measured.gaps.lines["inference_gap"].values
+    np.testing.assert_array_equal(line.values, values)
+    assert line.mean.standard_error == pytest.approx(values.std(ddof=1) / np.sqrt(N))
+    for text in (str(both), both._repr_markdown_()):
+        assert "| near − off, paired | mean |" in text
+        assert f"| inference gap | {values.mean():.2f} | {line.mean.standard_error:.2f} |" in text
+    some = infsub.Measurement(better.rows[1:], config=better.config, data=better.data)
+    assert infsub.compare({"off": measured, "some": some}).differences == {}  # other datapoints
     assert len(both.figure().axes) == 1
     with pytest.raises(TypeError, match=r"\{name: Measurement"):
         infsub.compare([measured])  # pyright: ignore

@@ -84,7 +84,8 @@ def _write(
 ) -> None:
     """The tables and figures of runs; prints the table where there is a figure."""
     text = [f"# {title}", ""] if title else []
-    text += [*tables.markdown(runs), "", *tables.footer(runs), ""]
+    text += [*tables.markdown(runs), *tables.difference_tables(runs), ""]
+    text += [*tables.footer(runs), ""]
     try:
         out.mkdir(parents=True, exist_ok=True)
         files.write_bytes(out / "table.md", "\n".join(text).encode())

@@ -123,6 +123,30 @@ def summary(runs: Sequence[LoadedRun]) -> list[str]:
     return text
 
 
+def differences(runs: Sequence[LoadedRun]) -> dict[str, dict[str, gaps.Line]]:
+    """{name: {line: run − first run}} of the runs on the first one's very datapoints: paired."""
+    first, *others = runs
+    found = {}
+    for run in others:
+        if run.data == first.data and np.array_equal(run.indices, first.indices):
+            common = [name for name in line_names([first]) if name in run.found.lines]
+            found[run.name] = {
+                name: gaps.difference(run.lines[name], first.lines[name], first.lines[name].kind)
+                for name in common
+            }
+    return found
+
+
+def difference_tables(runs: Sequence[LoadedRun]) -> list[str]:
+    """`differences` as Markdown, a table each, with both errors of a difference's mean."""
+    text = []
+    for name, lines in differences(runs).items():
+        head = [f"{name} − {runs[0].name}, paired", *HEAD[1:]]
+        text += ["", f"| {' | '.join(head)} |", "|---|---:|---:|---:|:---:|"]
+        text += [f"| {' | '.join(cells)} |" for cells in text_lines(lines)]
+    return text
+
+
 def footer(runs: Sequence[LoadedRun]) -> list[str]:
     """What a reader of the Markdown table must know, and the datapoints to look at."""
     several = len(runs) > 1
