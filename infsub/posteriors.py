@@ -157,13 +157,15 @@ def moment_matched(
 ) -> Gaussian:
     """The Gaussian of q(z)'s mean [D] and standard deviations [D]; AIS may start from it.
 
-    q: a Posterior, at `params`; or whatever gives draws itself, a sampler or a distribution object.
+    q: a Posterior, or its sample(key, params), at `params`; or whatever gives draws itself, a sampler
+    or a distribution object.
     full=True gives q's covariance too, as its Cholesky factor [D, D].
     Raises ValueError when num_samples is not positive, or is no more than D where full, TypeError for
     a Posterior without params.
     """
-    if isinstance(q, Posterior) and params is not None:
-        q = sampler(q, params)
+    if params is not None:
+        sample = q.sample if isinstance(q, Posterior) else q
+        q = Partial(_sample, as_partial(sample), params)
     keys = jax.random.split(key, positive_int("num_samples", num_samples))
     z, _ = jax.vmap(as_sampler(q))(keys)
     mean, scale = jnp.mean(z, axis=0), jnp.std(z, axis=0)

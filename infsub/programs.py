@@ -33,7 +33,7 @@ class _Static:
         return self.value is other.value or (self._hashable and bool(self.value == other.value))
 
 
-def _travels(path: Any, leaf: Any) -> bool:
+def _travels(leaf: Any, itself: bool) -> bool:
     """Whether a leaf is an argument of the compiled program, which is compiled for all others.
 
     Numbers are, that are arguments themselves or have a fraction. Inside a module whole numbers and
@@ -41,11 +41,47 @@ def _travels(path: Any, leaf: Any) -> bool:
     """
     if isinstance(leaf, np.ndarray):
         return leaf.dtype.kind not in "OSU"
-    itself = len(path) == 2 and isinstance(leaf, int)
-    return itself or isinstance(leaf, jax.Array | np.generic | float | complex)
+    whole = itself and isinstance(leaf, int)
+    return whole or isinstance(leaf, jax.Array | np.generic | float | complex)
 
 
-def _unbound(function: Callable[..., Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+@jax.tree_util.register_pytree_node_class
+class Packed:
+    """Any pytree as one of its arrays alone, which goes through jit, vmap and scan: `tree` gives it back.
+
+    Leaves that are no arrays, such as a module's functions and sizes, are its structure.
+    """
+
+    arrays: list[Any]
+    code: Any  # hashable, and equal where all but the arrays is
+
+    def __init__(self, tree: Any, depth: int = 0) -> None:
+        """depth: of the leaves that are arguments themselves."""
+        leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+        travelling = [_travels(leaf, len(path) == depth) for path, leaf in leaves]
+        self.arrays = [leaf for (_, leaf), go in zip(leaves, travelling, strict=True) if go]
+        rest = [None if go else _Static(x) for (_, x), go in zip(leaves, travelling, strict=True)]
+        self.code = tuple(rest), structure
+
+    @property
+    def tree(self) -> Any:
+        """What was packed."""
+        rest, structure = self.code
+        arrays = iter(self.arrays)
+        leaves = [next(arrays) if value is None else value.value for value in rest]
+        return jax.tree.unflatten(structure, leaves)
+
+    def tree_flatten(self) -> tuple[list[Any], Any]:
+        return self.arrays, self.code
+
+    @classmethod
+    def tree_unflatten(cls, code: Any, arrays: Any) -> Packed:
+        packed = object.__new__(cls)
+        packed.arrays, packed.code = list(arrays), code
+        return packed
+
+
+def unbound(function: Callable[..., Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """A function without what partials have bound to it, and that: equal partials are the same."""
     args, keywords = (), {}
     while isinstance(function, functools.partial):
@@ -58,19 +94,13 @@ class Program:
     """function(key, x, *args) as its arrays, and all else, of which an equal one compiles once."""
 
     def __init__(self, function: Callable[..., Any], args: Any, static: Mapping[str, Any]) -> None:
-        function, bound, keywords = _unbound(function)
-        tree = ([function], bound, keywords, args)
-        leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
-        travelling = [_travels(*leaf) for leaf in leaves]
-        self.arrays = [leaf for (_, leaf), go in zip(leaves, travelling, strict=True) if go]
-        rest = [None if go else _Static(x) for (_, x), go in zip(leaves, travelling, strict=True)]
-        self.code = (tuple(rest), structure, tuple(static.items()))
+        function, bound, keywords = unbound(function)
+        packed = Packed(([function], bound, keywords, args), depth=2)
+        self.arrays, self.code = packed.arrays, (packed.code, tuple(static.items()))
 
 
 def call(code: Any, arrays: list[Any], *first: Any) -> Any:
     """The program's function of (key, x), or whatever comes first."""
-    rest, structure, static = code
-    travelling = iter(arrays)
-    leaves = [next(travelling) if value is None else value.value for value in rest]
-    (function,), bound, keywords, args = jax.tree.unflatten(structure, leaves)
+    packed, static = code
+    (function,), bound, keywords, args = Packed.tree_unflatten(packed, arrays).tree
     return function(*bound, *first, *args, **keywords, **dict(static))

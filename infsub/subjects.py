@@ -6,7 +6,6 @@ the same for both. A Subject is a pytree: its arrays travel as arguments, its co
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -71,7 +70,7 @@ def _simulate(model: Model, key: Key, params: Params, x: Any) -> tuple[Array, An
 
 def family_of(model: Model, params: Params, x: Any) -> str:
     """The family of the model's q at x where it is Gaussian; "" where nothing is known of it."""
-    q = jax.eval_shape(functools.partial(_scale, model), params, x)
+    q = jax.eval_shape(lambda x: _scale(model, params, x), x)  # params may be a module
     return {1: "gaussian", 2: "full_gaussian"}.get(q.ndim, "")
 
 

@@ -16,8 +16,11 @@ from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Float
+
+from infsub.programs import Packed, unbound
 
 Array = jax.Array
 # Checked when a test calls, with every D and K of one call the same; never in a user's process.
@@ -34,8 +37,22 @@ Sampler = Callable[[Key], tuple[Vector, Scalar]]  # key -> (z, log_q)
 
 
 def as_partial(function: Callable[..., Any]) -> Partial:
-    """`function` as a pytree: its bound arrays are leaves, its code is structure."""
-    return function if isinstance(function, Partial) else Partial(function)
+    """`function` as a pytree: its bound arrays are leaves, its code is structure.
+
+    A function may be a partial of arrays, or a module that is called, whose arrays are leaves too.
+    """
+    if isinstance(function, Partial):
+        return function
+    code, args, keywords = unbound(function)
+    if all(isinstance(leaf, Array | np.ndarray) for leaf in jax.tree.leaves((args, keywords))):
+        if any(isinstance(leaf, Array | np.ndarray) for leaf in jax.tree.leaves(code)):
+            args, code = (Packed(code), *args), _call_packed
+        return Partial(code, *args, **keywords)
+    return Partial(function)
+
+
+def _call_packed(module: Packed, *args: Any, **keywords: Any) -> Any:
+    return module.tree(*args, **keywords)
 
 
 def positive_int(name: str, value: Any) -> int:
@@ -157,8 +174,9 @@ class Model(NamedTuple):
 
     def target(self, params: Params, x: Any) -> Target:
         """The unnormalised posterior of x, its parameters bound as arguments."""
-        log_prior = self.log_prior and Partial(_at, as_partial(self.log_prior), params, x)
-        log_likelihood = Partial(_at, as_partial(self.log_likelihood), params, x)
+        packed = Packed(params)
+        log_prior = self.log_prior and Partial(_at, as_partial(self.log_prior), packed, x)
+        log_likelihood = Partial(_at, as_partial(self.log_likelihood), packed, x)
         return Target(log_prior, log_likelihood, self.latent_dim)
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], int]:
@@ -169,8 +187,8 @@ class Model(NamedTuple):
         return cls(latent_dim, *children)
 
 
-def _at(density: Partial, params: Params, x: Any, z: Array) -> Array:
-    return density(params, x, z)
+def _at(density: Partial, params: Packed, x: Any, z: Array) -> Array:
+    return density(params.tree, x, z)
 
 
 class Gaussian(NamedTuple):

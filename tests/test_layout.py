@@ -14,7 +14,7 @@ PACKAGE = Path(infsub.__file__).parent
 
 def reading_order() -> list[str]:
     text = (ROOT / "README.md").read_text()
-    listed = re.search(r"Read the modules in this order: (types.*?main)\.", text, re.DOTALL)
+    listed = re.search(r"Read the modules in this order: (programs.*?main)\.", text, re.DOTALL)
     assert listed is not None
     return re.findall(r"\w+", listed[1])
 

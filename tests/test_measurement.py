@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from models import linear_gaussian, own_model
@@ -93,6 +96,7 @@ def test_the_table_in_its_forms(measured):
     with pytest.raises(ValueError, match="markdown, latex or csv; got 'html'"):
         measured.table("html")
     assert len(measured.figure().axes) == 2
+    assert measured.figure()._repr_png_().startswith(b"\x89PNG")  # what a notebook shows
 
 
 def test_what_is_saved_is_a_runs_folder(measured, tmp_path):
@@ -139,6 +143,50 @@ def test_models_side_by_side(measured, xs):
         infsub.compare([measured])  # pyright: ignore
     with pytest.raises(ValueError, match="at least one"):
         infsub.compare({})
+
+
+class Module(NamedTuple):
+    """As Equinox's: arrays, a function, a size and a truth value are leaves of one pytree."""
+
+    weight: jax.Array
+    activation: Any
+    repeats: int
+    training: bool
+
+    def __call__(self, params, x):
+        assert not self.training
+        for _ in range(self.repeats):
+            x = self.activation(self.weight @ x)
+        return infsub.Gaussian(x, jnp.full(3, 0.5))
+
+
+def test_a_models_parameters_may_be_modules_and_its_functions_partials(measured, xs):
+    """Equal ones, made anew, are one program; what is measured is what plain functions give."""
+    traces = []
+
+    def log_likelihood(known, params, x, z):
+        traces.append(1)
+        return known.log_likelihood(x, z)
+
+    def encode(params, x):
+        return params(None, x)
+
+    found = []
+    for as_params in (True, True, False):
+        module = Module(0.3 * jnp.eye(3, 5), jnp.tanh, 1, False)
+        model = infsub.Model(
+            3, encode if as_params else module, functools.partial(log_likelihood, KNOWN)
+        )
+        before = len(traces)
+        params = module if as_params else None
+        measurement = infsub.measure(KEY, model, params, xs, settings=SETTINGS, progress=False)
+        found.append((measurement.columns, len(traces) - before))
+    assert found[0][1] > 0
+    assert found[1][1] == 0
+    for name in ("elbo", "ais", "local_gaussian"):
+        for columns, _ in found[1:]:
+            np.testing.assert_allclose(columns[name], found[0][0][name], atol=1e-4)
+    np.testing.assert_allclose(found[0][0]["ais"], measured.columns["ais"], atol=0.01)
 
 
 def test_mistakes_are_told_in_a_sentence(xs):
