@@ -260,3 +260,22 @@ def test_a_missing_set_names_the_directory_and_the_remedy_at_once(tmp_path, monk
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "other"))
     with pytest.raises(UserError, match=str(tmp_path / "other")):
         data.load("mnist")
+
+
+def test_a_data_set_is_short_in_print_and_its_rows_are_images():
+    dataset = data.load("mnist5k")
+    assert repr(dataset) == (
+        "<mnist5k: images [28, 28, 1] of 2 levels; train 4000, validation 500, test 500>"
+    )
+    assert repr(dataset.test) == "<500 images [28, 28, 1], 10 classes>"
+    assert repr(dataset.test._replace(labels=None)) == "<500 images [28, 28, 1], no labels>"
+    images = dataset.train.images
+    for rows in (slice(10), [3, 5], np.arange(4000) < 7, -1):
+        want = data.batch(images, jnp.asarray(np.atleast_1d(np.arange(4000)[rows])))
+        np.testing.assert_array_equal(dataset.train[rows], want)
+    with pytest.raises(
+        ValueError, match=r"are drawn: infsub.data.batch\(split.images, rows, key\)"
+    ):
+        data.load("mnist5k", binarisation="dynamic").train[:10]
+    with pytest.raises(IndexError):
+        dataset.train[4000]
