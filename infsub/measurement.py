@@ -124,8 +124,7 @@ class Measurement:
 
     def _shown(self) -> Any:
         """What there is to show of the datapoints, in the order of the run's rows."""
-        place = {row[rows.INDEX]: n for n, row in enumerate(self.rows)}
-        chosen = [place[index] for index in self.run.measured.indices.tolist()]
+        chosen = np.argsort(self.columns[rows.INDEX])
         return jax.tree.map(lambda leaf: np.asarray(leaf)[chosen], self.xs)
 
     def save(self, folder: str | Path) -> Path:
@@ -142,7 +141,7 @@ class Measurement:
         document = self._document | {"versions": records.versions()}
         files.write_json(folder / "config.json", document)
         if self.xs is not None:
-            shown = {"indices": self.run.measured.indices}
+            shown = {"indices": np.sort(self.columns[rows.INDEX])}
             files.write_npz(folder / records.IMAGES, shown | thumbnails.arrays(self._shown()))
         if self.certificate_rows:
             files.rewrite_rows(folder / "bdmc.jsonl", self.certificate_rows)
@@ -159,7 +158,10 @@ class Measurement:
         return str(self)
 
     def _repr_markdown_(self) -> str:
-        return "\n".join([*tables.markdown([self.run]), "", *tables.footer([self.run])])
+        try:
+            return "\n".join([*tables.markdown([self.run]), "", *tables.footer([self.run])])
+        except ValueError:
+            return str(self)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -117,6 +117,16 @@ def test_what_is_saved_is_a_runs_folder(measured, tmp_path):
         infsub.load(tmp_path)
 
 
+def test_what_is_finite_nowhere_is_said_and_kept(measured, tmp_path):
+    lost = [row | {"elbo": float("nan")} for row in measured.rows]
+    found = infsub.Measurement(lost, config=measured.config, name="lost", xs=measured.xs)
+    for text in (str(found), found._repr_markdown_()):
+        assert text == "lost: no datapoint whose bounds are all finite"
+    again = infsub.load(found.save(tmp_path / "lost"))
+    assert str(again) == str(found)
+    assert len(again.xs) == N
+
+
 def test_models_side_by_side(measured, xs):
     settings = SETTINGS._replace(elbo_samples=2000)
     better = infsub.measure(
