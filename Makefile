@@ -16,7 +16,10 @@ test: .venv/dev.done  ## the tests
 	$(RUN) $(PYTEST) -m 'not slow'
 
 test-slow: .venv/dev.done  ## the tests that take minutes; CI runs both
-	$(RUN) $(PYTEST) -m slow
+	$(RUN) $(PYTEST) -m 'slow and not thorough'
+
+test-thorough: .venv/dev.done  ## the rest: examples, notebook, sweeps, kills, full disks
+	$(RUN) $(PYTEST) -m thorough
 
 test-lowest: .venv/bin/uv  ## the tests with the lowest versions that pyproject.toml allows
 	.venv/bin/uv venv --quiet --clear --python $(RUN) .venv/lowest
@@ -65,4 +68,4 @@ wheel: .venv/bin/uv  ## build the wheel, install it alone, and import it
 clean:  ## everything that can be made again, except runs/
 	rm -rf .venv dist .pytest_cache .ruff_cache
 
-.PHONY: quickstart test test-slow test-lowest lint bench docs faults wheel clean
+.PHONY: quickstart test test-slow test-thorough test-lowest lint bench docs faults wheel clean

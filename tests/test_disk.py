@@ -60,6 +60,7 @@ def whole(command, tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 # In the records, in the first checkpoint, in later ones, in a picture, in the rows, in the figures.
 @pytest.mark.parametrize("free", [0.02, 0.1, 0.3, 0.6, 0.9, 0.97])
 def test_a_full_disk_is_a_sentence_and_loses_nothing(command, whole, disk, free):

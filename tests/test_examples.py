@@ -51,6 +51,7 @@ def imported(path: Path) -> set[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.computing
 @pytest.mark.filterwarnings("default")  # of other people's frameworks
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

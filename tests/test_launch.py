@@ -234,6 +234,7 @@ def parent(pid):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_a_sweep_runs_here_and_a_preempted_job_is_requeued_and_continues(tmp_path):
     overrides = ["--config.train.num_epochs=300", "--config.train.checkpoint_seconds=1000"]
     overrides += ["--config.evaluate.per_class=0", "--config.evaluate.first=5"]

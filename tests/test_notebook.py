@@ -44,6 +44,7 @@ def test_the_repositorys_address_is_in_one_variable(notebook):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.computing
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the kernel's machinery
 def test_it_runs(notebook, tmp_path, monkeypatch):
