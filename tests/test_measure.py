@@ -102,7 +102,8 @@ def test_from_mode_and_curvature_nothing_is_left_to_anneal(xs):
     """The posterior is Gaussian: Laplace's is it, every weight is p(x), forwards and backwards."""
     settings = SETTINGS._replace(ais_start="laplace", iwae_start="laplace", families=())
     static = {"settings": settings}
-    got = map_datapoints(bounds, jax.random.key(3), xs, static=static)
+    # Equal weights have no tail: their Pareto k is −inf, and no reason for a warning.
+    got = map_datapoints(bounds, jax.random.key(3), xs, static=static, warn=False)
     log_px = jax.vmap(MODEL.log_px)(xs)
     for name in ("ais", "iwae"):
         np.testing.assert_allclose(got[name], log_px, atol=2e-3)
