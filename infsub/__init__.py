@@ -4,6 +4,42 @@ The examples in docstrings begin with
 
     import infsub, jax, jax.numpy as jnp
     from jax.scipy.stats import norm
+
+## Choosing an estimator
+
+- `measure` is all of them at once, with gaps and a verdict; begin with it, and with `check`.
+- `elbo` is what training sees: a bound as loose as q is wrong, KL(q‖p) nats.
+- `iwae` is cheap and enough where q is good (Pareto k below 0.5). Its bias falls as Var(w)/2K, which at
+  50 dimensions of z no K makes small for an encoder's q; from `laplace` it is a fair second witness.
+- `ais` is the one to publish: from `laplace` with 16 chains, 25 temperatures and 5 leapfrog steps by
+  default. Where its certificate is too wide double the temperatures, and only then the chains.
+- `optimize_local` is for gaps: the family's own best, L[q*], where no encoder is to blame. `gaussian` and
+  `full_gaussian` take natural steps and a tenth of a second; flows and `auxiliary` start where the full
+  Gaussian ends. "authors" is the paper's rule, for comparisons with it.
+
+## Reading the diagnostics
+
+- A standard error is of one datapoint's random keys; `gaps.Mean` has that and the one over datapoints. A
+  gap's is paired: what makes one x harder than another cancels.
+- ESS well above 4 of K chains: the weights agree. It cannot see a mode that no chain has met: two starts
+  that disagree do (`ais_start="prior"` beside "laplace"), an IWAE above AIS, or the certificate.
+- Pareto k above 0.7: the mean of the weights is ruled by a few; a bound still, no estimate.
+- Acceptance far from 0.8, which the pilot aims at: its temperatures were too few to settle.
+- `converged` False of a local q*: max_steps came first, and the approximation gap holds what is missing.
+
+## What a certificate says, and what it does not
+
+`bdmc` bounds log p(x) from above too, because it draws z with x and so holds one exact sample of
+p(z|x): the mean of upper − lower bound is what AIS misses at most, on x's that the MODEL draws. Real x's
+may be harder: the certificate is evidence there, and no proof. It falls with more temperatures; a gap
+that does not is a posterior of several modes, or a step size that fits nowhere.
+
+## Writing a family of posteriors
+
+`Posterior(init, sample)`: init, key -> {"encoded": …, "shared": …}; sample, (key, params, sticking=False,
+sign=1) -> (z [D], log q []), normalised, differentiable. Without `sticking` or `sign` a rule of
+sticking_the_landing=False, antithetic=False fits it. `natural` and `place` make it fast. Test it as
+tests/test_posteriors.py does: E[p(z)/q(z)] = 1, and log q by its Jacobian.
 """
 
 from infsub import signals
