@@ -2,7 +2,7 @@
 
 Command:  python -m infsub.main --config=configs/paper/main_table.py --workdir=runs/paper
 Minutes:  on two cores at scale small, the default: 15 to 30 without CIFAR-10, more with it
-Expect:   trained with FFG, approximation gap 3.52 ± 0.09 nats, amortization gap 3.06 ± 0.18, on
+Expect:   trained with FFG, approximation gap 3.35 ± 0.05 nats, amortization gap 3.03 ± 0.18, on
           binarized_mnist
 """
 
