@@ -280,8 +280,15 @@ def workdir(tmp_path_factory):
     return tmp_path_factory.mktemp("paper")
 
 
+# In every run one that trains two families, and one that takes curves; the others by night.
+OFTEN = "main_table", "local_steps"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if n in OFTEN else pytest.mark.thorough) for n in NAMES],
+)
 def test_smoke(command, workdir, name):
     arguments = [f"--config={ROOT}/configs/paper/{name}.py", "--config.scale=smoke"]
     answer = command(*arguments, f"--workdir={workdir}")

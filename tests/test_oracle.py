@@ -95,6 +95,7 @@ def test_ais_from_laplace(oracle, encoder):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_the_authors_preset_is_as_loose_as_the_peers(oracle):
     params, xs = oracle
 
@@ -124,7 +125,8 @@ def test_certificate(oracle, laplace, size):
         model = Partial(partial(simulate, laplace=laplace), params=params)
         return infsub.bdmc(key, model, *size).gap
 
-    gap = infsub.map_datapoints(point, jax.random.key(1), np.arange(100), params)
+    num_points = 100 if laplace else 60  # from the encoder's q at eight times the gradients
+    gap = infsub.map_datapoints(point, jax.random.key(1), np.arange(num_points), params)
     error = gap.std(ddof=1) / np.sqrt(gap.size)
     assert error < 0.03
     assert -3 * error < gap.mean() < 0.05 + 3 * error
