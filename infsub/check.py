@@ -11,7 +11,7 @@ import numpy as np
 from infsub import mistakes, mistakes_on_data
 from infsub.datapoints import map_datapoints
 from infsub.mistakes import Calibration, Finding, Statistic
-from infsub.pairs import Pair, encode_twice, on_data, pair
+from infsub.pairs import Pair, encode_twice, on_data, pair, simulation_lacks
 from infsub.types import Key, Model, Params, positive_int
 
 _LEVELS = ("error", "warning", "note")
@@ -138,7 +138,7 @@ def check(
         raise ValueError(f"num_points must be at least 20, or no error is known; got {num_points}")
     if training_elbo is not None and xs is None:
         raise ValueError("training_elbo needs xs, data that it is the mean of")
-    lacks = _lacks(model)
+    lacks = simulation_lacks(model)
     if xs is None and lacks:
         raise ValueError(f"check needs xs for a model {lacks}")
 
@@ -201,15 +201,6 @@ def check(
         if on.elbo.size > 1:
             see(mistakes_on_data.elbo(on, training_elbo, size))
     return _report(findings, statistics, calibration)
-
-
-def _lacks(model: Model) -> str:
-    """What keeps the model from simulating pairs; "" if nothing does."""
-    if model.sample_x is None:
-        return "without sample_x"
-    if model.log_prior is not None and model.sample_prior is None:
-        return "with a log_prior but without sample_prior"
-    return ""
 
 
 def _size(data: Any, pairs: Pair | None) -> int:

@@ -165,7 +165,7 @@ class _Source(NamedTuple):
 
 def _ours(config: configs.Config, workdir: Path, run: dict[str, Any], root: Key) -> _Source:
     """The VAE that a run has trained, on its data or on what it simulates."""
-    settings, dataset = config.evaluate, imported.data_of(config)
+    settings, dataset = config.evaluate, data.load_config(config.data)
     initial = run["identified"].get("initial weights", "")
     records.check_same(run, workdir, configs.identified(config, dataset.identity, initial))
     variables, step = checkpoints.load_variables(workdir, settings.checkpoint)
@@ -205,7 +205,7 @@ def _theirs(config: configs.Config, root: Key) -> _Source:
         raise UserError(f"config.evaluate.grid needs a z of 2; the model's is {model.latent_dim}.")
     facts = {"params and xs": found.identity}
     if xs is None:
-        dataset = imported.data_of(config)
+        dataset = data.load_config(config.data)
         points = _points_of(dataset.split(settings.split), dataset.levels, root)
     else:
 

@@ -153,7 +153,7 @@ def correlated_sylvester(steps: list[Params], q: Gaussian) -> tuple[list[Params]
     Where R2 is small and R1 large a step is straight: z' = z + Q N Qᵀ (z − mean), N = R1 R2 upper
     triangular.
     """
-    inverse = linalg.solve(q.scale, jnp.eye(q.mean.size, dtype=q.scale.dtype))
+    inverse = linalg.inverse(q.scale)
     maps = [{name: step[name] for name in ("reflectors", "triangles")} for step in steps]
 
     def shear(a: Params, t: Matrix) -> tuple[Array, Matrix]:

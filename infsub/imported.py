@@ -124,7 +124,7 @@ def claim(config: configs.Config, workdir: Path, mode: str) -> None:
     image_shape, levels = (0, 0, 0), 0
     identity = f"of {config.model.imported}"
     if found.xs is None:
-        dataset = data_of(config)
+        dataset = data.load_config(config.data)
         image_shape, levels, identity = dataset.image_shape, dataset.levels, dataset.identity
     records.claim(
         told,
@@ -135,8 +135,3 @@ def claim(config: configs.Config, workdir: Path, mode: str) -> None:
         levels=levels,
         steps_per_epoch=1,
     )
-
-
-def data_of(config: configs.Config) -> data.Dataset:
-    """The data set of a config."""
-    return data.load(**{"data_dir" if k == "dir" else k: v for k, v in config.data.items()})

@@ -37,11 +37,16 @@ def solve(lower: Matrix, b: Vector | Float[Array, "D N"]) -> Vector | Float[Arra
     return jax.lax.fori_loop(0, len(b), row, jnp.zeros_like(b))
 
 
+def inverse(lower: Matrix) -> Matrix:
+    """lower⁻¹, [D, D]; nobody reads above lower's diagonal."""
+    return solve(lower, jnp.eye(len(lower), dtype=lower.dtype))
+
+
 def inverse_factor(matrix: Matrix) -> Matrix:
     """The lower triangular L with L Lᵀ = matrix⁻¹, [D, D]; NaN where it is not positive definite."""
     # Reversed, a factor is upper triangular: matrix = R Rᵀ, so matrix⁻¹ = R⁻ᵀ R⁻¹.
     upper = factor(matrix[::-1, ::-1])[::-1, ::-1]
-    return solve(upper.T, jnp.eye(len(matrix), dtype=matrix.dtype))
+    return inverse(upper.T)
 
 
 def eigen(matrix: Matrix, num_sweeps: int = 10) -> tuple[Vector, Matrix]:

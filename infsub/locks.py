@@ -41,7 +41,9 @@ class Held(UserError):
       silent: it is of another host and may be dead: the operating system says that nobody holds it.
     """
 
-    silent = False
+    def __init__(self, text: str, silent: bool = False) -> None:
+        super().__init__(text)
+        self.silent = silent
 
 
 @contextlib.contextmanager
@@ -115,15 +117,12 @@ def _try(folder: Path, activity: str, lock: FileLock, note: Path) -> None:
         write_json(note, mine)
         if not _in_a_job():
             return
-        time.sleep(
-            CONFIRMED
-        )  # two hosts that start at once have both found nobody: the last one owns
+        # Two hosts that start at once have both found nobody: the last one owns.
+        time.sleep(CONFIRMED)
         other = now if (now := _read(note)) != mine else None
     if other:
         lock.release()
-        silent = Held(_held(folder, activity, other, alive=False))
-        silent.silent = True
-        raise silent
+        raise Held(_held(folder, activity, other, alive=False), silent=True)
 
 
 def refuse_others(folder: Path, activities: str, patience: float = 0.0) -> None:

@@ -119,10 +119,12 @@ def ratio(numerator: np.ndarray, denominator: np.ndarray, expected: float) -> St
 
 
 def count(number: int, noun: str) -> str:
+    """As one says it: 1 datapoint, 2 datapoints."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def at(rows: np.ndarray) -> str:
+    """The first of these indices in words: at 3, 5 and 12 more."""
     named = ", ".join(str(row) for row in np.sort(rows)[:5])
     return f"at {named}" + (f" and {rows.size - 5} more" if rows.size > 5 else "")
 

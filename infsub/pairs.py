@@ -152,6 +152,15 @@ def encode_twice(key: Key, x: Any, model: Model, params: Params) -> tuple[Array,
     return jnp.stack([first, second]), scale
 
 
+def simulation_lacks(model: Model) -> str:
+    """What keeps the model from simulating pairs, in words; "" if nothing does."""
+    if model.sample_x is None:
+        return "without sample_x"
+    if model.log_prior is not None and model.sample_prior is None:
+        return "with a log_prior but without sample_prior"
+    return ""
+
+
 def draw_prior(key: Key, model: Model, params: Params, x: Any) -> Array:
     """z ~ p(z), [D]."""
     if model.sample_prior is None:

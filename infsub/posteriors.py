@@ -143,8 +143,7 @@ def factorised(q: Gaussian) -> Gaussian:
     """The factorised Gaussian closest to q in KL(·‖q): its mean, and variances 1 / diag(precision)."""
     if jnp.ndim(q.scale) < 2:
         return q
-    identity = jnp.eye(q.mean.size, dtype=q.scale.dtype)
-    inverse = linalg.solve(q.scale, identity)
+    inverse = linalg.inverse(q.scale)
     return Gaussian(q.mean, 1 / jnp.sqrt(jnp.sum(inverse**2, axis=0)))
 
 
@@ -415,7 +414,7 @@ def rnvp(
     def place(params: Params, q: Gaussian) -> Params:
         # y = (z − mean) / width has a precision of diagonal 1, and shears of a and b correlate it.
         narrow = factorised(q)
-        inverse = linalg.solve(q.scale / narrow.scale[:, None], jnp.eye(latent_dim))
+        inverse = linalg.inverse(q.scale / narrow.scale[:, None])
         maps, scale = flows.shears(inverse.T @ inverse, half)
         factor = jnp.diag(scale)  # of y so far
         first, second, steps = slice(0, half), slice(half, None), list(params["shared"]["steps"])

@@ -22,7 +22,7 @@ from infsub.measure import (
     certify_datapoint,
     densities_of_datapoint,
 )
-from infsub.pairs import draw_prior
+from infsub.pairs import draw_prior, simulation_lacks
 from infsub.samplers import as_sampler
 from infsub.types import Array, Gaussian, Key, Model, Params
 
@@ -49,8 +49,8 @@ class Subject(NamedTuple):
 
 def of_model(model: Model) -> Subject:
     """A user's model as a subject; it simulates where it has sample_x, and sample_prior if it needs."""
-    can = model.sample_x is not None and (model.log_prior is None or model.sample_prior is not None)
-    return Subject(Partial(_describe, model), Partial(_simulate, model) if can else None)
+    simulate = None if simulation_lacks(model) else Partial(_simulate, model)
+    return Subject(Partial(_describe, model), simulate)
 
 
 def _describe(model: Model, key: Key, params: Params, x: Any) -> Datapoint:

@@ -240,7 +240,7 @@ class State(NamedTuple):
 def _job(config: configs.Config, workdir: Path, held: contextlib.ExitStack, patience: float) -> Job:
     """Reads the data, builds the model and makes the workdirs this run's, the lock `held`."""
     names, train = config.data, config.train
-    dataset = data.load(names.name, names.dir, names.binarisation, names.levels)
+    dataset = data.load_config(names)
     try:
         vae = make_vae(config.model, dataset.image_shape, dataset.levels)
         jax.eval_shape(vae.init, jax.random.key(0))

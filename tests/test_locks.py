@@ -168,9 +168,11 @@ def test_an_owner_shows_life(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", "\x00\x01", '{"host": 3'])
 def test_a_note_that_is_none_is_no_obstacle(tmp_path, content):
-    (tmp_path / ".training.json").write_text(content)
+    note = tmp_path / ".training.json"
+    note.write_text(content)
     with locks.owned(tmp_path, "training"):
-        pass
+        assert json.loads(note.read_text())["pid"] == os.getpid()  # it is the owner's now
+    assert not note.exists()
 
 
 def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path):

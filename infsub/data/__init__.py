@@ -209,6 +209,11 @@ def load(
     return Dataset(name, source.image_shape, levels, identity, coding, ranges, read)
 
 
+def load_config(section: Any) -> Dataset:
+    """`load` by a config's fields of data: name, dir, binarisation, levels."""
+    return load(section.name, section.dir, section.binarisation, section.levels)
+
+
 def batch(images: Images, indices: Array, key: Key | None = None) -> Array:
     """The images of the rows `indices`, float32 [B, H, W, C] with values 0 … levels − 1.
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from infsub import files, gaps, thumbnails
 from infsub import rows as schema
+from infsub.datapoints import number_of
 from infsub.report import svg, tables
 from infsub.report.runs import LoadedRun
 from infsub.rows import Rows, label
@@ -179,13 +180,13 @@ def _looks(xs: Any, count: int, order: np.ndarray) -> dict[str, Any]:
     if xs is None:
         return {}
     try:
-        shown, words = thumbnails.pictures(xs), thumbnails.words(xs, count)
+        number, shown = number_of(xs), thumbnails.pictures(xs)
     except (ValueError, TypeError) as error:
         raise ValueError(f"xs must be a pytree of arrays [{count}, …] ({error})") from error
-    if len(words) != count:
-        raise ValueError(f"xs must be of {count} datapoints, as the rows; got {len(words)}")
+    if number != count:
+        raise ValueError(f"xs must be of {count} datapoints, as the rows; got {number}")
     if shown is None:
-        return {"words": words}
+        return {"words": thumbnails.words(xs, count)}
     pictures: list[str | None] = [None] * count
     left = PICTURES
     for row in order:

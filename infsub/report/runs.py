@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from infsub import files, gaps, records, rows, shards, verdicts
+from infsub import files, gaps, records, rows, shards
 from infsub.config import flatten
 from infsub.types import UserError
+from infsub.verdicts import Verdicts, judge
 
 _THRESHOLDS = ("min_ess", "max_pareto_k")  # of config.report, for flags
 
@@ -23,6 +24,7 @@ class LoadedRun(NamedTuple):
       found: what the rows say, of the N datapoints where every bound is finite.
       certificate: what simulated datapoints say.
       data: what the datapoints are of; only runs on the same data are compared.
+      verdicts: what is to blame for the gaps, of the model and of every datapoint.
       settings: config fields by dotted name.
       missing: what of the evaluation is not done yet; "" of a whole one.
     """
@@ -31,14 +33,10 @@ class LoadedRun(NamedTuple):
     measured: rows.Rows
     found: gaps.Decomposition
     certificate: gaps.Certificate
+    verdicts: Verdicts
     data: str
     settings: dict[str, Any]
     missing: str = ""
-
-    @property
-    def verdicts(self) -> verdicts.Verdicts:
-        """What is to blame for the gaps, of the model and of every datapoint."""
-        return verdicts.judge(self.measured, self.found, self.certificate)
 
     @property
     def indices(self) -> np.ndarray:
@@ -94,8 +92,9 @@ def decomposed(
         certificate = gaps.certify(rows.parse(certified, rows.LOWER, rows.UPPER))
     settings = {k: v for k, v in flatten(config) if not k.startswith(("data.dir", "report"))}
     found = gaps.decompose(parsed, own, **thresholds)
+    judged = judge(parsed, found, certificate)
     data, missing = document["data"], document["missing"]
-    return LoadedRun(name, parsed, found, certificate, data, settings, missing)
+    return LoadedRun(name, parsed, found, certificate, judged, data, settings, missing)
 
 
 def load_run(workdir: str, name: str = "") -> LoadedRun:
