@@ -101,7 +101,7 @@ def check(
     | unchecked        | a note: what could not be looked at |
 
     `infsub.mistakes` and `infsub.mistakes_on_data` say by which statistics. Invisible to all of them
-    is a constant without z.
+    is a constant without z; and a term of z of less than 3 % of log_likelihood's score² is let pass.
 
     Args:
       key: of the whole check.

@@ -9,10 +9,13 @@ H and g = ∇ log p(z), whatever the networks are:
 | E[s·g] / E[g·g]                                | 0   | 1: the prior is in the likelihood            |
 | E[s(x)·s(x')] / E[s·s], x and x' for ONE z     | 0   | the share of a term of z missing or too much |
 | E[g·g] / E[−tr ∇² log p(z)]                    | 1   | log_prior is not sample_prior's density      |
-| E[(z − mean)² / scale²] of q(z|x)              | 1 if q is calibrated | far off: variance as scale … |
+| E[(z − mean)² / scale²] of q(z|x)              | 1 if q is calibrated | far off, and             |
+| scale² (E[s²] + E[g²]), the median             | near 1 | off to the same side: variance as scale … |
 | E[log q(z|x) / p(z)], q's widths refitted      | > 0 | < 0: another decoder's encoder               |
 
-The products are weighted by 1 / (E s_i² + E g_i²), so that no dimension drowns the others.
+The products are weighted by 1 / (E s_i² + E g_i²), so that no dimension drowns the others. Of a scale
+two witnesses must say the same: an encoder whose means are off, for want of training, is overconfident
+too, but of the width that the curvature asks for.
 
 A statistic is wrong beyond NUM_ERRORS standard errors AND a practical margin, named where it is used.
 """
@@ -284,6 +287,9 @@ def encoder(pairs: Pair) -> Seen:
     # Coverage is bounded: a few wild z's hide no error in it, as they can in a mean of squares.
     inside = mean(np.mean(np.abs(shift / scale) < _HALF_WIDTH, axis=1), 0.5)
     off = inside.beyond_errors() and not 1 / 3 < residual.value < 3
+    # Where the means are off the squares are large, and the scales may be right.
+    curvature = _log_curvature(pairs, np.abs(scale))
+    off &= abs(curvature) > math.log(2) and (curvature < 0) == (residual.value > 1)
     read = _reading(pairs, shift, scale) if off or np.any(scale < 0) else None
     if read is not None:
         words, scale = read
@@ -292,12 +298,13 @@ def encoder(pairs: Pair) -> Seen:
             f"{squares(scale)} so read (1 is right)."
         )
         findings.append(Finding("error", "scale_power", sentence, *residual[:2]))
-    elif off and abs(_log_agreement(pairs, scale)) > math.log(2):
-        word = "narrow" if residual.value > 1 else "wide"
+    elif off:
+        word, root = "narrow" if residual.value > 1 else "wide", np.sqrt(np.abs(scale))
         sentence = (
-            f"q(z|x) is far too {word}: (z - mean)² / scale² is {residual} on simulated pairs, and "
-            f"would be {squares(np.sqrt(np.abs(scale)))} were the scales variances (1 is right): is "
-            "scale a standard deviation, and the encoder trained with this likelihood?"
+            f"q(z|x) is far too {word}: on simulated pairs (z - mean)² / scale² is {residual} and scale² "
+            f"· curvature {math.exp(curvature):.2g}; were the scales variances, they would be "
+            f"{squares(root)} and {math.exp(_log_curvature(pairs, root)):.2g} (1 is right). Is scale a "
+            "standard deviation, and was the encoder trained, with this likelihood?"
         )
         findings.append(Finding("warning", "width", sentence, *residual[:2]))
     # q against the best Gaussian that does not see x, the widths of both fitted in each dimension, so
@@ -320,35 +327,49 @@ def encoder(pairs: Pair) -> Seen:
     return findings, numbers
 
 
-def _log_agreement(pairs: Pair, scale: np.ndarray) -> float:
-    """log of the curvature of log p(x|z) by what scale [N, D] says of it; 0 is right, inf senseless.
+def _curvatures(pairs: Pair, scale: np.ndarray) -> np.ndarray:
+    """−∇² log p(z|x) in units of 1 / scale², [N, D] as scale: 1 is right, below 1 too narrow.
 
     A factorised q is right to be narrow where z's posterior is correlated: 1 / scale² is the
-    curvature then, but not the inverse of z's variance.
+    curvature then, but not the inverse of z's variance. The squares of scores stand for the
+    curvature, and are never negative.
     """
-    found = np.sum(scale**2 * np.mean(pairs.curvature, axis=1))
-    wanted = np.sum(1 - scale**2 * pairs.prior_curvature)
-    return math.log(found / wanted) if found * wanted > 0 else math.inf
+    squares = np.mean(wide(pairs.score) ** 2, axis=1) + np.mean(
+        wide(pairs.prior_score) ** 2, axis=0
+    )
+    return scale**2 * squares
+
+
+def _log_curvature(pairs: Pair, scale: np.ndarray) -> float:
+    """log of the median of `_curvatures`: 0 is right.
+
+    Weighted by how many nats a scale says that x tells of z_i, for those of wide scales may be wild.
+    """
+    curvatures = _curvatures(pairs, scale).ravel()
+    nats = np.maximum(np.log(np.std(wide(pairs.z), axis=0) / scale), 1e-6)
+    order = np.argsort(curvatures)
+    below = np.cumsum(nats.ravel()[order])
+    return float(np.log(curvatures[order[np.searchsorted(below, below[-1] / 2)]]))
 
 
 def _reading(pairs: Pair, shift: np.ndarray, scale: np.ndarray) -> tuple[str, np.ndarray] | None:
-    """What the numbers given as scale [N, D] are if not one, by how well they fit shifts [N, D].
+    """What the numbers given as scale [N, D] are if not one, by which the curvature goes up and down.
 
     A reading must be calibrated as it is, while a scale is forgiven a constant factor: an encoder
-    that is too narrow everywhere has no other reading. Nor has one that agrees with the curvature.
+    that is too narrow everywhere has no other reading. Nor has one of the curvature's own width.
     """
 
-    def misfit(scale: np.ndarray) -> float:  # minus the mean log density, its width fitted
-        return float(0.5 * np.log(np.mean((shift / scale) ** 2)) + np.mean(np.log(scale)))
+    def spread(scale: np.ndarray) -> float:
+        return float(np.var(np.log(_curvatures(pairs, scale))))
 
     signed = np.any(scale < 0)
-    best, found = np.inf if signed else misfit(scale) - 0.01, None
+    best, found = np.inf if signed else spread(scale), None
     for words, transform in (_SIGNED_READINGS if signed else _READINGS).items():
         read = transform(np.clip(scale, -100, 100))
-        if 0.4 < np.mean((shift / read) ** 2) < 2.5 and misfit(read) < best:
-            best, found = misfit(read), (words, read)
+        if 0.4 < np.mean((shift / read) ** 2) < 2.5 and spread(read) < best:
+            best, found = spread(read), (words, read)
     if found and not signed:
-        given, read = (abs(_log_agreement(pairs, s)) for s in (scale, found[1]))
+        given, read = (abs(_log_curvature(pairs, s)) for s in (scale, found[1]))
         return None if given < read else found
     return found
 

@@ -15,7 +15,7 @@ from infsub import bounds
 from infsub.samplers import as_sampler, draw
 from infsub.types import Array, Gaussian, Key, LogDensity, Model, Params
 
-NUM_REPLICATES = 8  # R, x's for one z
+NUM_REPLICATES = 16  # R, x's for one z
 NUM_RANKED = 50  # draws of q that the true z is ranked among
 NUM_DRAWS = 16  # draws of q on data
 

@@ -70,6 +70,8 @@ class Params(NamedTuple):
     power: float = 1.0  # of the scale
     width: float = 1.0  # times the scale
     log_scale: float = 0.0  # 1: the scale's logarithm in its place, 2: the variance's
+    wander: float = 0.0  # how far means are off, as seems random, in roots of scales
+    wild: float = 1.0  # times the scale, here and there
     sees: float = 1.0  # times x, in encode
     noise: float = 1.0  # 0: sample_x returns the mean
     overflow: float = 0.0  # added to the log likelihood where z_0 > 0.5
@@ -83,7 +85,9 @@ def log_likelihood(params, x, z):
 
 def encode(params, x):
     mean, scale = params.encoder.best_gaussian(params.sees * x)
-    given = params.width * scale**params.power
+    wild = jnp.where(jnp.sin(3e3 * mean) > 0.8, params.wild, 1.0)
+    given = params.width * (wild * scale) ** params.power
+    mean += params.wander * jnp.sqrt(scale) * jnp.sin(1e4 * mean)
     return Gaussian(mean, jnp.where(params.log_scale, params.log_scale * jnp.log(scale), given))
 
 
@@ -147,6 +151,7 @@ def test_a_right_model_stays_silent(model, params):
         ({"prior": -1.0, "factor": -1.0}, {"prior_twice", "loss"}),
         ({"prior": 1.0, "factor": "1/X"}, {"prior_twice", "mean"}),
         ({"prior": "1/X", "factor": "1/X"}, {"prior_twice", "mean"}),
+        ({"term": 1.0}, {"term_of_z"}),
         ({"term": 4.0}, {"term_of_z"}),
         ({"factor": 0.0}, {"ignores_z"}),
         ({"power": 2.0}, {"scale_power"}),
@@ -180,6 +185,24 @@ def test_an_overconfident_q_has_ranks_that_are_not_uniform():
     assert check.calibration.coverage_50.value < 0.4
     assert [f.name for f in check.findings] == ["calibration"]
     assert check.ok  # no mistake: what the gaps are there to measure
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0])
+def test_means_that_are_off_are_no_variance_given_as_scale(power):
+    """A half-trained encoder: its squares look as if scales were variances, the curvature knows better."""
+    model, params = NORMAL
+    decoder = params.decoder._replace(noise=jnp.asarray(0.05))
+    params = params._replace(decoder=decoder, encoder=decoder, wander=1.3, wild=40.0)
+    params = params._replace(power=power)
+    check = infsub.check(jax.random.key(0), model, params)
+    squares = check.statistics["(z - mean)² / scale² of q"].value
+    if power == 1:
+        assert 3 < squares < 30
+        assert names(check) == set()
+        assert [f.name for f in check.findings] == ["calibration"]
+    else:
+        assert names(check) == {"width"}
+        assert "were the scales variances" in check.findings[0].sentence
 
 
 @pytest.mark.parametrize("columns", [(1.0, 1.0, 1.0), (1.0, 0.75, 0.55)])
