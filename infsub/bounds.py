@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,6 @@ from infsub.types import (
     Estimate,
     Gaussian,
     Key,
-    LogDensity,
     Sampler,
     Samples,
     Scalar,
@@ -28,12 +28,12 @@ from infsub.types import (
 _MAX_TAIL = 512
 
 
-def checked(name: str, log_density: LogDensity, z: Vector) -> Scalar:
-    """log_density(z), or a TypeError when it is no scalar."""
+def checked(name: str, log_density: Callable[[Any], Scalar], z: Any) -> Scalar:
+    """log_density(z), or a TypeError when it is no scalar; z [D], or what outputs make of it."""
     value = log_density(z)
     if jnp.shape(value) != ():
         raise TypeError(
-            f"{name} must return a scalar, the log density of one z [D={z.size}]; it returned "
+            f"{name} must return a scalar, the log density of one z; it returned "
             f"shape {jnp.shape(value)}: sum over the axes of x"
         )
     return value
@@ -48,6 +48,13 @@ def log_prior(target: Target, z: Vector) -> Scalar:
 def log_likelihood(target: Target, z: Vector) -> Scalar:
     """log p(x|z), z [D] -> []."""
     return checked("log_likelihood", target.log_likelihood, z)
+
+
+def log_likelihood_of_outputs(target: Target, outputs: Any) -> Scalar:
+    """log p(x|z) by what the target's `outputs` make of z; log_likelihood itself of z, without them."""
+    if target.log_likelihood_of_outputs is None:
+        return log_likelihood(target, outputs)
+    return checked("log_likelihood_of_outputs", target.log_likelihood_of_outputs, outputs)
 
 
 def log_joint(target: Target, z: Vector) -> Scalar:

@@ -92,6 +92,7 @@ def check(
     | prior_twice      | log_likelihood contains log p(z) |
     | term_of_z        | it lacks a term that depends on z, such as −log σ(z), or has one too many |
     | ignores_z        | it does not depend on z |
+    | outputs          | log_likelihood_of_outputs(outputs(z)) is not log_likelihood(z) |
     | prior            | log_prior is not the log density of what sample_prior draws |
     | encoder          | q(z|x) tells z worse than the prior does: not this decoder's encoder |
     | width            | q(z|x) is far too narrow or too wide |
@@ -185,6 +186,7 @@ def check(
         findings.append(Finding("note", "unchecked", _UNCHECKED.format(model=lacks)))
     else:
         see(mistakes.likelihood(pairs, size))
+        findings += mistakes.outputs(pairs.log_likelihood, pairs.by_outputs)
         if model.log_prior is not None or model.sample_prior is not None:
             see(mistakes.prior(pairs))
         found, numbers = mistakes.encoder(pairs)
@@ -198,6 +200,7 @@ def check(
         findings += bad
         if pairs is None and on.elbo.size > 1:
             see(mistakes_on_data.fit(on, data, size))
+            findings += mistakes.outputs(on.log_likelihood, on.by_outputs)
         if on.elbo.size > 1:
             see(mistakes_on_data.elbo(on, training_elbo, size))
     return _report(findings, statistics, calibration)

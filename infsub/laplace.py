@@ -16,7 +16,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from infsub import densities, linalg
-from infsub.bounds import log_joint
+from infsub.bounds import log_joint, log_likelihood_of_outputs
 from infsub.types import Array, Gaussian, Target, positive_int
 
 _MAX_FULL = (
@@ -249,9 +249,7 @@ def _curvature(target: Target, z: Array) -> tuple[Linear, Linear, Linear]:
         return z if target.outputs is None else ravel_pytree(target.outputs(z))[0]
 
     def log_likelihood(flat: Array) -> Array:
-        if target.log_likelihood_of_outputs is None:
-            return target.log_likelihood(flat)
-        return target.log_likelihood_of_outputs(unravel(flat))
+        return log_likelihood_of_outputs(target, flat if target.outputs is None else unravel(flat))
 
     if target.outputs is not None:
         shapes = jax.eval_shape(target.outputs, z)

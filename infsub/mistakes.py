@@ -248,6 +248,18 @@ def _factor_finding(factor: Statistic, size: int) -> Finding | None:
     return Finding("error", "factor", sentence, *factor[:2])
 
 
+def outputs(log_likelihood: Any, by_outputs: Any) -> list[Finding]:
+    """Do a model's outputs say the same as its log_likelihood? Both [N], at one z each."""
+    off = float(np.max(np.abs(wide(by_outputs) - wide(log_likelihood))))
+    if off < 0.01 + 1e-3 * np.max(np.abs(wide(log_likelihood))):
+        return []
+    sentence = (
+        f"log_likelihood_of_outputs(outputs(z)) is up to {off:.3g} nats from log_likelihood(z) (must be "
+        "0): bounds hold, but AIS and local optimisation start from another posterior's curvature."
+    )
+    return [Finding("warning", "outputs", sentence, off)]
+
+
 def prior(pairs: Pair) -> Seen:
     """Is log_prior the density that sample_prior draws from, up to a constant?"""
     g, curvature = wide(pairs.prior_score), wide(pairs.prior_curvature)

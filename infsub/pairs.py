@@ -13,7 +13,7 @@ from jax.flatten_util import ravel_pytree
 
 from infsub import bounds
 from infsub.samplers import as_sampler, draw
-from infsub.types import Array, Gaussian, Key, LogDensity, Model, Params
+from infsub.types import Array, Gaussian, Key, LogDensity, Model, Params, Target
 
 NUM_REPLICATES = 16  # R, x's for one z
 NUM_RANKED = 50  # draws of q that the true z is ranked among
@@ -42,6 +42,7 @@ class Pair(NamedTuple):
       below: [D], how many of q's K draws lie below z.
       log_likelihood: [], log p(x|z).
       log_likelihoods: [K], the same at q's draws.
+      by_outputs: [], log p(x|z) by the model's outputs, where it says them.
     """
 
     z: Array
@@ -55,6 +56,7 @@ class Pair(NamedTuple):
     below: Array
     log_likelihood: Array
     log_likelihoods: Array
+    by_outputs: Array
 
 
 class OnData(NamedTuple):
@@ -67,6 +69,8 @@ class OnData(NamedTuple):
       prior_curvature: [D], the same of log p(z).
       prior_square: [D], E_q[(∇ log p(z))²].
       q: Marginals of q(z|x).
+      log_likelihood: [], log p(x|z) at a draw of q.
+      by_outputs: [], the same by the model's outputs, where it says them.
     """
 
     elbo: Array
@@ -75,6 +79,8 @@ class OnData(NamedTuple):
     prior_curvature: Array
     prior_square: Array
     q: Marginals
+    log_likelihood: Array
+    by_outputs: Array
 
 
 def pair(key: Key, row: tuple[Any, Any], model: Model, params: Params) -> Pair:
@@ -108,6 +114,7 @@ def pair(key: Key, row: tuple[Any, Any], model: Model, params: Params) -> Pair:
         jnp.sum(draws < z, axis=0),
         likelihood(x)(z),
         jax.vmap(likelihood(x))(draws),
+        likelihood_by_outputs(target, z),
     )
 
 
@@ -131,7 +138,15 @@ def on_data(key: Key, x: Any, model: Model, params: Params) -> OnData:
         prior_curvature,
         jnp.mean(prior_score**2, axis=0),
         marginals(q, draws),
+        log_px_given[0],
+        likelihood_by_outputs(target, draws[0]),
     )
+
+
+def likelihood_by_outputs(target: Target, z: Array) -> Array:
+    """log p(x|z) by what `laplace` takes the curvature of, z [D] -> []."""
+    outputs = z if target.outputs is None else target.outputs(z)
+    return bounds.log_likelihood_of_outputs(target, outputs)
 
 
 def encode_twice(key: Key, x: Any, model: Model, params: Params) -> tuple[Array, Array]:

@@ -160,6 +160,10 @@ class Model(NamedTuple):
         carries covariates over (what p conditions on) and is None where there is none.
       log_prior: (params, x, z [D]) -> [], log p(z), normalised; None is N(0, I).
       sample_prior: (key, params, x) -> z [D], a draw of log_prior; None where that is None.
+      outputs: (params, x, z [D]) -> l, all that p(x|z) depends on z by, such as a decoder's logits: an
+        array or a pytree of them; None where that is not said.
+      log_likelihood_of_outputs: (params, x, l) -> [], log_likelihood again. With both, `laplace`
+        takes Gauss-Newton's curvature, see Target: of a network D/2 gradients a step instead of D.
 
     Raises:
       TypeError, ValueError: from `target`, as Target.
@@ -171,13 +175,23 @@ class Model(NamedTuple):
     sample_x: Callable[..., Any] | None = None
     log_prior: Callable[..., Array] | None = None
     sample_prior: Callable[..., Array] | None = None
+    outputs: Callable[..., Any] | None = None
+    log_likelihood_of_outputs: Callable[..., Array] | None = None
 
     def target(self, params: Params, x: Any) -> Target:
         """The unnormalised posterior of x, its parameters bound as arguments."""
         packed = Packed(params)
-        log_prior = self.log_prior and Partial(_at, as_partial(self.log_prior), packed, x)
-        log_likelihood = Partial(_at, as_partial(self.log_likelihood), packed, x)
-        return Target(log_prior, log_likelihood, self.latent_dim)
+
+        def of_x(function: Callable[..., Any] | None) -> Any:
+            return function and Partial(_at, as_partial(function), packed, x)
+
+        return Target(
+            of_x(self.log_prior),
+            of_x(self.log_likelihood),
+            self.latent_dim,
+            outputs=of_x(self.outputs),
+            log_likelihood_of_outputs=of_x(self.log_likelihood_of_outputs),
+        )
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], int]:
         return tuple(f and as_partial(f) for f in self[1:]), self.latent_dim
@@ -187,8 +201,8 @@ class Model(NamedTuple):
         return cls(latent_dim, *children)
 
 
-def _at(density: Partial, params: Packed, x: Any, z: Array) -> Array:
-    return density(params.tree, x, z)
+def _at(function: Partial, params: Packed, x: Any, z: Any) -> Any:
+    return function(params.tree, x, z)
 
 
 class Gaussian(NamedTuple):

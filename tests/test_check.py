@@ -219,6 +219,23 @@ def test_a_factorised_q_may_be_narrow(columns):
     assert names(check) == set()
 
 
+def by_outputs(params, x, logits):
+    return params.width * densities.bernoulli_logits(x, logits)
+
+
+@pytest.mark.parametrize("simulates", [True, False])
+def test_outputs_must_say_the_same_as_the_likelihood(simulates):
+    model, params = BITS
+    model = model._replace(
+        outputs=lambda params, x, z: params.decoder.logits(z), log_likelihood_of_outputs=by_outputs
+    )
+    xs = None if simulates else draws(model, params, 200)
+    model = model if simulates else model._replace(sample_x=None)
+    assert names(infsub.check(jax.random.key(0), model, params, xs)) == set()
+    wrong = params._replace(width=1.1)  # of the scale too, which is no mistake
+    assert names(infsub.check(jax.random.key(0), model, wrong, xs)) == {"outputs"}
+
+
 def test_what_the_pairs_cannot_tell_is_said():
     """A likelihood far sharper than the prior hides it."""
     model, params = NORMAL

@@ -67,6 +67,30 @@ def test_gaps_of_a_users_model_are_those_of_the_closed_form(measured, xs):
     assert measured.columns["label"].tolist() == (np.arange(N) % 3).tolist()
 
 
+def test_a_model_that_says_its_outputs_has_the_same_bounds_for_a_cheaper_fit(measured, xs):
+    """Gauss-Newton's curvature is the Hessian where outputs are linear in z."""
+    model = MODEL._replace(
+        outputs=lambda params, x, z: params.weight @ z + params.bias,
+        log_likelihood_of_outputs=lambda params, x, mean: infsub.densities.normal(
+            x, mean, params.noise
+        ),
+    )
+    again = infsub.measure(KEY, model, KNOWN, xs, settings=SETTINGS, progress=False)
+    for bound in ("elbo", "local_gaussian", "iwae", "ais"):
+        error = 0.01 + measured.columns[f"{bound}_se"]
+        np.testing.assert_array_less(
+            abs(again.columns[bound] - measured.columns[bound]), error, err_msg=bound
+        )
+    gauss_newton, hessian = (
+        infsub.laplace_with_info(m.target(KNOWN, xs[0]), jnp.zeros(3))[1] for m in (model, MODEL)
+    )
+    assert gauss_newton.log_px == pytest.approx(float(hessian.log_px), abs=1e-3)
+    assert gauss_newton.num_gradients < hessian.num_gradients
+    torn = model._replace(outputs=None)
+    with pytest.raises(ValueError, match="outputs and log_likelihood_of_outputs go together"):
+        torn.target(KNOWN, xs[0])
+
+
 def test_a_datapoint_has_its_numbers_whatever_is_measured_beside_it(measured, xs):
     some = [7, 2]
     again = infsub.measure(

@@ -72,6 +72,7 @@ def train(params, xs):
 
 
 params = train(params, jax.tree.map(jnp.asarray, xs))
+some = jax.tree.map(lambda a: a[:POINTS], xs)  # to be measured
 
 
 # %% From the trained model to a table
@@ -87,7 +88,16 @@ def encode(params, x):
     return infsub.Gaussian(*cvae.apply(params, x, method="encode"))
 
 
-model = infsub.Model(D, encode, log_likelihood, log_prior=log_prior)
-some = jax.tree.map(lambda a: a[:POINTS], xs)
-measured = infsub.measure(jax.random.key(2), model, params, some, labels=digits.labels[:POINTS])
+def sample_prior(key, params, x):
+    mean, scale = cvae.apply(params, x[1], method="prior_of")
+    return mean + scale * jax.random.normal(key, (D,))
+
+
+def sample_x(key, params, z, x):
+    logits = cvae.apply(params, z, x[1], method="decode")
+    return jax.random.bernoulli(key, jax.nn.sigmoid(logits)) * 1.0, x[1]
+
+
+model = infsub.Model(D, encode, log_likelihood, sample_x, log_prior, sample_prior)
+measured = infsub.measure(jax.random.key(2), model, params, some, num_certified=5)
 print(measured)

@@ -92,10 +92,22 @@ def encode(vae, x):
     return infsub.Gaussian(*vae.encode(x))
 
 
+def log_likelihood_of_outputs(vae, x, logits):
+    return infsub.densities.bernoulli_logits(x, logits)
+
+
 def log_likelihood(vae, x, z):
-    return infsub.densities.bernoulli_logits(x, vae.decode(z))
+    return log_likelihood_of_outputs(vae, x, vae.decode(z))
 
 
-model = infsub.Model(D, encode, log_likelihood)
-measured = infsub.measure(jax.random.key(0), model, vae, xs[:POINTS])
+def sample_x(key, vae, z, x):
+    return jax.random.bernoulli(key, jax.nn.sigmoid(vae.decode(z))) * 1.0
+
+
+model = infsub.Model(
+    *(D, encode, log_likelihood, sample_x),
+    outputs=lambda vae, x, z: vae.decode(z),
+    log_likelihood_of_outputs=log_likelihood_of_outputs,
+)
+measured = infsub.measure(jax.random.key(0), model, vae, xs[:POINTS], num_certified=5)
 print(measured)

@@ -65,6 +65,10 @@ def log_likelihood(vae, x, z):
     return infsub.densities.bernoulli_logits(x, vae.decode(z))
 
 
-model = infsub.Model(D, encode, log_likelihood)
-measured = infsub.measure(jax.random.key(0), model, vae, xs[:POINTS])
+def sample_x(key, vae, z, x):
+    return jax.random.bernoulli(key, jax.nn.sigmoid(vae.decode(z))) * 1.0
+
+
+model = infsub.Model(D, encode, log_likelihood, sample_x)
+measured = infsub.measure(jax.random.key(0), model, vae, xs[:POINTS], num_certified=5)
 print(measured)

@@ -67,7 +67,10 @@ def log_likelihood(params, x, z):
     return trace(model, params | {"z": z[None]}, x)["x"]["fn"].log_prob(x[None])[0]
 
 
-measured = infsub.measure(
-    jax.random.key(1), infsub.Model(D, encode, log_likelihood), params, xs[:POINTS]
-)
+def sample_x(key, params, z, x):
+    return trace(model, params | {"z": z[None]}, x)["x"]["fn"].sample(key)[0] * 1.0
+
+
+vae = infsub.Model(D, encode, log_likelihood, sample_x)
+measured = infsub.measure(jax.random.key(1), vae, params, xs[:POINTS], num_certified=5)
 print(measured)

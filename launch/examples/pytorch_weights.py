@@ -57,6 +57,10 @@ def log_likelihood(params, x, z):
     return infsub.densities.bernoulli_logits(x, network(params, "decoder", z))
 
 
-model = infsub.Model(D, encode, log_likelihood)
-measured = infsub.measure(jax.random.key(0), model, params, xs[:POINTS])
+def sample_x(key, params, z, x):
+    return jax.random.bernoulli(key, jax.nn.sigmoid(network(params, "decoder", z))) * 1.0
+
+
+model = infsub.Model(D, encode, log_likelihood, sample_x)
+measured = infsub.measure(jax.random.key(0), model, params, xs[:POINTS], num_certified=5)
 print(measured)
