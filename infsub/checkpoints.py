@@ -1,7 +1,9 @@
 """Checkpoints that survive `kill -9`: orbax writes aside and renames; a checksum tells when read.
 
 A checkpoint is a flat dict of arrays, {"variables/encoder/params/…": …}, with the identity of the run
-it is of and a SHA-256 of them all: nothing of it is code.
+it is of and a SHA-256 of them all: nothing of it is code. Of processes that train together each has the
+whole state, so the first one writes it: the files do not tell how many there were, and any number of
+processes goes on from them.
 """
 
 from __future__ import annotations
@@ -40,7 +42,10 @@ class Checkpoints:
 
         self._directory, self._identity = directory, identity
         self._keep_last, self._keep_every = keep_last, keep_every
-        self._writer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+        self._writer = ocp.AsyncCheckpointer(
+            ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone()),
+            multiprocessing_options=_alone(),
+        )
         self._save_args = ocp.args.PyTreeSave
 
     def steps(self) -> list[int]:
@@ -109,7 +114,8 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     import orbax.checkpoint as ocp
 
     try:
-        with ocp.PyTreeCheckpointer() as reader:
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())
+        with ocp.Checkpointer(handler, multiprocessing_options=_alone()) as reader:
             arrays = reader.restore(path.absolute())
         whole = np.array_equal(arrays.pop(_CHECKSUM), _checksum(arrays))
     except Exception as error:  # a truncated file ends in any of a dozen errors of tensorstore's
@@ -182,6 +188,14 @@ def load_variables(workdir: str | Path, which: str = "best") -> tuple[Variables,
     except Damaged as error:
         raise UserError(f"{error}; the training command run again makes it anew.") from error
     return tree[name], int(tree["progress"]["best_step"]) if which == "best" else step
+
+
+def _alone() -> Any:
+    """For orbax: this process reads and writes, and waits for no other one."""
+    import orbax.checkpoint as ocp
+
+    process = jax.process_index()
+    return ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
 
 
 def _flatten(tree: Any) -> dict[str, Any]:

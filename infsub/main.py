@@ -5,7 +5,8 @@
 trains the config's model, evaluates its bounds datapoint by datapoint and reports the gaps; again,
 it continues where it was stopped. Any of the fields below is a flag: --config.seed=1. --mode
 does one part alone, by the workdir's own config if there is no --config; status says what is done.
-With --shard=0/4 … 3/4, four processes share an evaluation: one trains, the last to end reports.
+With --shard=0/4 … 3/4, four processes share an evaluation: one trains, the last to end reports. With
+--coordinator=HOST:PORT too, or as several tasks of SLURM or Open MPI, they train together.
 Exit codes: 0 done, 1 failed, 2 a mistake in the command, 130 Ctrl-C and 143 SIGTERM (saved).
 """
 
@@ -26,7 +27,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from infsub import config as configs
-from infsub import experiments, files, records, shards
+from infsub import experiments, files, processes, records, shards
 from infsub.types import UserError
 
 _ORBAX = f"{os.sep}orbax{os.sep}"
@@ -42,6 +43,12 @@ SHARD = flags.DEFINE_string(
     "",
     "i/n, from 0: of an evaluation every n-th datapoint, of an experiment every n-th cell; n processes "
     "share the work. auto: as a SLURM array or a Kubernetes indexed job says.",
+)
+COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    "",
+    "HOST:PORT of process 0: the n processes of --shard=i/n train together, each on its devices. "
+    "Several tasks of srun or mpirun do so without it.",
 )
 
 
@@ -131,7 +138,13 @@ def main(_: list[str]) -> int:
         hush()
     try:
         shard = shards.parse(SHARD.value, os.environ)
-        if shard != shards.WHOLE and MODE.value not in ("run", "evaluate"):
+        team = processes.parse(COORDINATOR.value, shard, os.environ)
+        shard = team.shard if team else shard
+        if shard != shards.WHOLE and MODE.value not in (
+            "run",
+            "evaluate",
+            *(["train"] * bool(team)),
+        ):
             raise UserError(
                 f"--shard is for --mode=run and evaluate; {MODE.value} is of the whole."
             )
@@ -145,7 +158,7 @@ def main(_: list[str]) -> int:
             )
         else:
             config = CONFIG.value or records.read_config(workdir)
-            run(MODE.value, configs.resolve(config), workdir, shard)
+            run(MODE.value, configs.resolve(config), workdir, shard, team)
     except (UserError, records.Stopped, KeyboardInterrupt) as error:
         files.say(str(error) or "stopped; the same command continues.")
         return getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 2)
@@ -167,11 +180,16 @@ def main(_: list[str]) -> int:
 
 
 def run(
-    mode: str, config: configs.Config, workdir: Path, shard: shards.Shard = shards.WHOLE
+    mode: str,
+    config: configs.Config,
+    workdir: Path,
+    shard: shards.Shard = shards.WHOLE,
+    team: processes.Team | None = None,
 ) -> None:
     """Trains, evaluates and reports, or does the one of them that `mode` names.
 
-    Of a shard: one of the processes trains and the others wait for it; the last to end reports.
+    Of a shard: one of the processes trains and the others wait for it, or those of a team train
+    together; then each evaluates its shard, and the last to end reports.
     """
     from infsub import (  # jax and flax: not for a mistake, nor for --help
         evaluate,
@@ -183,7 +201,8 @@ def run(
     if config.model.imported and mode != "report":
         imported.claim(config, workdir, mode)
     elif mode in ("run", "train"):
-        train.train(config, workdir, 0.0 if shard == shards.WHOLE else math.inf)
+        with processes.joined(team):
+            train.train(config, workdir, 0.0 if team or shard == shards.WHOLE else math.inf)
     failed = []
     for member, folder in configs.runs(config, workdir):
         evaluation = folder / config.evaluate.name

@@ -32,7 +32,7 @@ class Request:
 
     def end_late(self) -> None:
         """Ends the process if the work has not ended by itself."""
-        _end(self.number)
+        _stop(self.number)
 
 
 _listening: list[Request] = []
@@ -63,7 +63,7 @@ def _read(reader: int) -> None:
         if number[0] not in NUMBERS:
             continue
         if not _listening:
-            _end(number[0])
+            _stop(number[0])
         request = _listening[-1]
         if not request.number:
             request.number = number[0]
@@ -83,15 +83,19 @@ def at_end(action: Callable[[], None]) -> Callable[[], None]:
     return take_back
 
 
-def _end(number: int) -> None:
+def _stop(number: int) -> None:
+    end("stopped; all that was finished is kept, the same command continues.", 128 + number)
+
+
+def end(text: str, code: int) -> None:
+    """Ends this process from any thread, with a sentence, whatever the main thread does."""
     for action in _actions.copy():
         with contextlib.suppress(Exception):
             action()
     # Straight to the descriptor: the main thread may hold the locks of sys.stderr.
-    text = b"\ninfsub: stopped; all that was finished is kept, the same command continues.\n"
     with contextlib.suppress(OSError):
-        os.write(2, text)
-    os._exit(128 + number)
+        os.write(2, f"\ninfsub: {text}\n".encode())
+    os._exit(code)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,9 @@
 """Training that can be left alone: the loop around `train_step`, with checkpoints and records.
 
 The same command after any interruption gives the same parameters and the same metrics.jsonl, bit for
-bit, as if there had been none.
+bit, as if there had been none. Of processes that train together the first one does all of this, and
+the others take the steps that it chooses: `_follow`. The sums of their gradients are rounded in
+another order, and no more than that differs.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from infsub import config as configs
-from infsub import data, files, locks, records, signals
+from infsub import data, files, locks, processes, records, signals
 from infsub.checkpoints import Checkpoints, load_variables
 from infsub.train_step import (
     MAX_EPOCHS,
@@ -25,6 +27,7 @@ from infsub.train_step import (
     TrainState,
     init_states,
     initial,
+    local,
     make_task,
     pictures,
     replicated,
@@ -148,17 +151,43 @@ def train(config: configs.Config, workdir: str | Path, patience: float = 0.0) ->
 def _train(
     config: configs.Config, workdir: Path, held: contextlib.ExitStack, patience: float
 ) -> None:
-    job = _job(config, workdir, held, patience)
-    if not job.active:
+    job = processes.together(lambda: _job(config, workdir, held, patience))
+    identity = configs.identity(config, job.dataset.identity)
+    told = processes.exchanged([identity, bool(job.active)])
+    processes.together(lambda: _check_equal(job, [identity for identity, _ in told]))
+    step, number = 0, 0
+    if not told[0][1]:
         files.say(f"the training of {workdir} is done.")
     else:
         try:
-            _loop(job, *_restore(job))
+            inputs, state = _shared(job, *processes.together(lambda: _restore(job)))
+            step, number = (_loop if processes.is_first() else _follow)(job, inputs, state)
         finally:
             for member in job.members:
                 member.close()
+    processes.together(lambda: _judge(job, step, number))
+
+
+def _check_equal(job: Job, identities: list[str]) -> None:
+    """Raises UserError where processes that are to train together have other configs or data."""
+    if len(set(identities)) > 1:
+        other = next(i for i, identity in enumerate(identities) if identity != identities[0])
+        raise UserError(
+            f"process {other} has another config or data set than process 0: start all processes of "
+            f"{job.workdir} with one command, on the same {job.config.data.name}."
+        )
+
+
+def _judge(job: Job, step: int, number: int) -> None:
+    """Raises Stopped when the signal of this number has ended the training, or it has diverged."""
+    if number:
+        raise records.Stopped(
+            f"stopped at step {step}, saved; the same command continues from there.",
+            exit_code=128 + number,
+        )
     diverged = [str(m.workdir) for m in job.members if m.ended == "diverged"]
     if diverged:
+        config = job.config
         raise records.Stopped(
             f"training diverged in {', '.join(diverged)}: more than config.train.max_skipped="
             f"{config.train.max_skipped} steps were not finite; the last checkpoint before is kept. "
@@ -176,7 +205,8 @@ class Job(NamedTuple):
       workdir: of the run.
       dataset: to train, validate and test on.
       task: what runs on the device.
-      members: the models' workdirs and records, [S].
+      members: the models' workdirs and records, [S]; of processes that train together the first has
+        them, and the others none.
     """
 
     config: configs.Config
@@ -253,6 +283,8 @@ def _job(config: configs.Config, workdir: Path, held: contextlib.ExitStack, pati
             f"training images of {names.name}: give a smaller one."
         )
     task = make_task(vae, train, num_train)
+    if not processes.is_first():
+        return Job(config, workdir, dataset, task, [])
     source = records.read_run(Path(config.init_from))["identity"] if config.init_from else ""
     runs = configs.runs(config, workdir)
     # Last: a mistake leaves no folder behind.
@@ -273,9 +305,16 @@ def _job(config: configs.Config, workdir: Path, held: contextlib.ExitStack, pati
 
 
 def _restore(job: Job) -> tuple[Inputs, State]:
-    """The state at the newest step that all active members have a whole checkpoint of."""
-    seeds = np.asarray([member.config.seed for member in job.members])
+    """The state at the newest step that all active members have a whole checkpoint of.
+
+    Without members, what is not in checkpoints, and a state of the same shapes.
+    """
+    seeds = np.asarray([each.seed for each, _ in configs.runs(job.config, job.workdir)])
     keys, (key_validation, key_pictures), fresh = initial(job.task, seeds)
+    images = unpacked(job.dataset.train.images)
+    inputs = Inputs(keys, key_validation, key_pictures, images)
+    if not job.members:
+        return inputs, State(0, init_states(job.task, fresh), fresh)
     best = _warm_start(job, fresh)
     state = State(0, init_states(job.task, best), best)
     members = [job.members[i] for i in job.active]
@@ -299,11 +338,17 @@ def _restore(job: Job) -> tuple[Inputs, State]:
             state = State(step, TrainState(**arrays), best)
             files.say(f"continuing from step {step} of {job.total}.")
             break
-    images = unpacked(job.dataset.train.images)
-    keys, models, images = replicated(job.task, (keys, state.models, images))
     for member in members:
         member.resume(state.step)
-    return Inputs(keys, key_validation, key_pictures, images), state._replace(models=models)
+    return inputs, state
+
+
+def _shared(job: Job, inputs: Inputs, state: State) -> tuple[Inputs, State]:
+    """What a step reads and changes, on all devices, as the first process has it."""
+    step = processes.exchanged(state.step)[0]
+    models = processes.of_first(state.models)
+    keys, models, images = replicated(job.task, (inputs.keys, models, inputs.images))
+    return inputs._replace(keys=keys, images=images), state._replace(step=step, models=models)
 
 
 def _warm_start(job: Job, variables: Variables) -> Variables:
@@ -329,20 +374,27 @@ def _warm_start(job: Job, variables: Variables) -> Variables:
     return variables
 
 
-def _loop(job: Job, inputs: Inputs, state: State) -> None:
-    """Trains until all members have ended, or a signal comes."""
+def _loop(job: Job, inputs: Inputs, state: State) -> tuple[int, int]:
+    """Trains until all members have ended, or a signal comes to any process.
+
+    Returns:
+      The last step, and the signal's number, or 0.
+    """
     train, per_epoch = job.config.train, job.task.steps_per_epoch
+    models, state = state.models, state._replace(models=local(state.models))
     bar = files.Progress(job.total, "train", done=state.step)
     chunk, saved = 8, time.monotonic()
     with signals.noted() as stop:
         _end_members(job, inputs, state)
-        while job.active and not stop.number:
-            begin, start = state.step, time.monotonic()
-            end = min(begin + chunk, job.boundary(begin))
-            models, rows = train_chunk(
-                job.task, inputs.keys, state.models, inputs.images, begin, end
-            )
-            state, rows = state._replace(step=end, models=models), jax.device_get(rows)
+        while True:
+            begin = state.step
+            end = min(begin + chunk, job.boundary(begin)) if job.active else begin
+            end, number = _agreed(end, stop)
+            if number or end == begin:
+                break
+            start = time.monotonic()
+            models, rows = train_chunk(job.task, inputs.keys, models, inputs.images, begin, end)
+            state, rows = state._replace(step=end, models=local(models)), jax.device_get(rows)
             seconds = time.monotonic() - start
             speed = (end - begin) * train.batch_size / seconds
             if seconds > SECONDS:
@@ -359,12 +411,28 @@ def _loop(job: Job, inputs: Inputs, state: State) -> None:
             bar.update(end, note)
             records.write_progress(job.workdir, bar, speed)
     bar.close()
-    if stop.number:
+    if number:
         _save(job, state, job.active)
-        raise records.Stopped(
-            f"stopped at step {state.step}, saved; the same command continues from there.",
-            exit_code=128 + stop.number,
-        )
+    return state.step, number
+
+
+def _follow(job: Job, inputs: Inputs, state: State) -> tuple[int, int]:
+    """Takes the steps that the first process chooses; what it returns, as `_loop`."""
+    models, begin = state.models, state.step
+    with signals.noted() as stop:
+        while True:
+            end, number = _agreed(begin, stop)
+            if number or end == begin:
+                return begin, number
+            models, rows = train_chunk(job.task, inputs.keys, models, inputs.images, begin, end)
+            jax.block_until_ready(rows)
+            begin = end
+
+
+def _agreed(end: int, stop: signals.Request) -> tuple[int, int]:
+    """The step to go to, as the first process has it, and the number of a signal to any process."""
+    told = processes.exchanged([end, stop.number])
+    return told[0][0], max(number for _, number in told)
 
 
 def _end_epochs(

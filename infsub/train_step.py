@@ -7,6 +7,7 @@ fold_in(key, step). How many steps a dispatch takes changes no number. S models 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -17,9 +18,9 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from infsub import bounds, data, posteriors
+from infsub import bounds, data, posteriors, processes
 from infsub.keys import Stream, named, stream
-from infsub.types import Array, Key
+from infsub.types import Array, Key, UserError
 from infsub.vae import VAE, Terms, Variables
 
 MAX_EPOCHS = 64  # of one dispatch
@@ -68,7 +69,7 @@ class Task(NamedTuple):
       vae: the model.
       train: what a step does.
       num_train: N.
-      mesh: of the devices that share each batch; None: one device.
+      mesh: of the devices that share each batch, equally many of each process; None: one device.
     """
 
     vae: VAE
@@ -83,21 +84,57 @@ class Task(NamedTuple):
 
 
 def make_task(vae: VAE, train: Any, num_train: int) -> Task:
-    """The task of `config.train` on N datapoints, on all devices; equal ones compile once."""
+    """The task of `config.train` on N datapoints, on all devices; equal ones compile once.
+
+    Each device gets as many datapoints of a batch, so where their number does not divide the batch, as
+    many of them take part as do. Shares of unlike size would need weights, to save less time than a
+    batch size does that they divide.
+
+    Raises:
+      UserError: processes that train together do not divide the batch.
+    """
     fields = {name: train[name] for name in StepConfig._fields}
-    num_devices = math.gcd(jax.device_count(), train.batch_size)
-    mesh = None
-    if num_devices > 1:
-        devices = jax.devices()[:num_devices]
-        mesh = jax.make_mesh(
-            (num_devices,), ("batch",), axis_types=(AxisType.Auto,), devices=devices
+    num_processes = processes.count()
+    share, rest = divmod(train.batch_size, num_processes)
+    if rest:
+        raise UserError(
+            f"{num_processes} processes that train together cannot share config.train.batch_size="
+            f"{train.batch_size} equally: give a multiple of {num_processes}."
         )
+    num_local = math.gcd(jax.local_device_count(), share)
+    mesh = None
+    if num_processes * num_local > 1:
+        all_devices = jax.devices() if num_processes > 1 else jax.local_devices()
+        of_process = itertools.groupby(all_devices, lambda device: device.process_index)
+        devices = [device for _, own in of_process for device in itertools.islice(own, num_local)]
+        axis_types = (AxisType.Auto,)
+        mesh = jax.make_mesh((len(devices),), ("batch",), axis_types=axis_types, devices=devices)
     return Task(vae, StepConfig(**fields), num_train, mesh)
 
 
 def replicated(task: Task, tree: Any) -> Any:
     """The arrays on all devices of the task, as `train_chunk` leaves its states."""
-    return tree if task.mesh is None else jax.device_put(tree, NamedSharding(task.mesh, P()))
+    if task.mesh is None:
+        return tree
+    whole = NamedSharding(task.mesh, P())
+    if processes.count() == 1:
+        return jax.device_put(tree, whole)
+
+    def of_all(leaf: Any) -> Any:  # device_put would first compare what each process has
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(of_all(jax.random.key_data(leaf)))
+        return jax.make_array_from_process_local_data(whole, np.asarray(leaf), leaf.shape)
+
+    return jax.tree.map(of_all, tree)
+
+
+def local(tree: Any) -> Any:
+    """Replicated arrays of several processes as those of this one; others are what they are."""
+
+    def of_one(leaf: Any) -> Any:
+        return leaf if leaf.is_fully_addressable else leaf.addressable_data(0)
+
+    return jax.tree.map(of_one, tree)
 
 
 def unpacked(images: data.Images) -> data.Images:
