@@ -15,17 +15,33 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from infsub import data, files
 from infsub.programs import Program, call
-from infsub.types import Estimate, Key, positive_int
+from infsub.types import Array, Estimate, Key, positive_int
 
 _NUM_NAMED = 10  # datapoints that a warning names
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _block(code, key, indices, xs, arrays):
-    def one(index, x):
-        return call(code, arrays, jax.random.fold_in(key, index), x)
+# LLVM at its first level: half the seconds to compile on a CPU, and as few to run, for nearly all of
+# those are matrix products, which no compiler has to make.
+_QUICKLY = {"xla_backend_optimization_level": 1}
 
-    return jax.vmap(one)(indices, xs)
+
+def _block(code: Any, key: Key, indices: Array, xs: Any, arrays: list[Any]) -> Any:
+    """The program's results at datapoints of these data set indices [B], xs [B, …]."""
+    told_less = jax.config.read("jax_disable_most_optimizations")
+    quickly = jax.default_backend() == "cpu" and not told_less
+    return _compiled(quickly)(code, key, indices, xs, arrays)
+
+
+@functools.cache
+def _compiled(quickly: bool) -> Callable[..., Any]:
+    def block(code, key, indices, xs, arrays):
+        def one(index, x):
+            return call(code, arrays, jax.random.fold_in(key, index), x)
+
+        return jax.vmap(one)(indices, xs)
+
+    options = _QUICKLY if quickly else None
+    return jax.jit(block, static_argnums=0, compiler_options=options)
 
 
 # The most datapoints at a time that fitted into memory, of programs that ran out of it.
@@ -177,7 +193,8 @@ def map_datapoints(
     program = Program(function, args, static)
 
     def run(*inputs: Any) -> Any:
-        return _block(program.code, key, *jax.device_put(inputs, sharding), program.arrays)
+        indices, xs = jax.device_put(inputs, sharding)
+        return _block(program.code, key, indices, xs, program.arrays)
 
     bar = None
     if progress and not callable(progress):

@@ -112,6 +112,7 @@ def optimize_local(
     rule: str | Rule = "fast",
     *,
     start: Gaussian | Sampler | Any = None,
+    fitted: bool = False,
     num_final_samples: int = 5000,
     **changes: Any,
 ) -> LocalResult:
@@ -132,6 +133,7 @@ def optimize_local(
         is no Gaussian, the Gaussian of its moments.
         It is first fitted itself, with full covariance for a posterior that can be such a Gaussian,
         and the posterior is placed there: `posteriors.start`.
+      fitted: whether start is such a fit already, as several families may share one.
       num_final_samples: K of the returned bounds.
       **changes: fields of the rule to replace, e.g. max_steps=5000.
 
@@ -168,7 +170,7 @@ def optimize_local(
             start = posteriors.moment_matched(key_moments, start)
         densities.check_gaussian(start)
         key_init, key_fit = jax.random.split(key_init)
-        if posterior.natural is None:
+        if posterior.natural is None and not fitted:
             natural = _NATURAL._replace(max_steps=rule.max_steps)
             dense = posterior.place is not None
             start, num_steps = _best_gaussian(key_fit, target, start, natural, dense)

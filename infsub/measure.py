@@ -7,7 +7,7 @@ The driver in evaluate.py maps these functions over a data set. Whatever they ar
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -109,9 +109,7 @@ def bounds_of_datapoint(key: Key, point: Datapoint, settings: Settings) -> dict[
     bound = elbo(named(key, "elbo"), point.target, point.q, settings.elbo_samples)
     row = rows.build(rows.ELBO.name, bound)
     curvature = _laplace(point, settings)
-    fits = [
-        _fit(named(key, "local"), name, point, curvature, settings) for name in settings.families
-    ]
+    fits = _fits(named(key, "local"), settings.families, point, curvature, settings)
     for fit in fits:
         stopped = {"steps": fit.result.num_steps, "converged": fit.result.converged}
         row |= rows.build(rows.LOCAL.of(fit.family), fit.result.elbo, **stopped)
@@ -157,8 +155,8 @@ def certify_datapoint(
         z, point = simulate(named(key, "model"))
         curvature, fits = _laplace(point, settings), []
         if settings.ais_start == "local":
-            family = settings.families[0]
-            fits = [_fit(named(key, "local"), family, point, curvature, settings)]
+            first = settings.families[:1]
+            fits = _fits(named(key, "local"), first, point, curvature, settings)
         return z, point.target, _ais_start(point, fits, curvature, settings)
 
     options = settings.ais._asdict()
@@ -180,8 +178,7 @@ def densities_of_datapoint(key: Key, point: Datapoint, settings: Settings) -> di
     target = point.target
     bounds, samplers = [elbo(named(key, "elbo"), target, point.q, settings.elbo_samples)], [point.q]
     curvature = _laplace(point, settings)
-    for family in settings.families:
-        fit = _fit(named(key, "local"), family, point, curvature, settings)
+    for fit in _fits(named(key, "local"), settings.families, point, curvature, settings):
         bounds.append(fit.result.elbo)
         samplers.append(posteriors.sampler(fit.posterior, fit.result.params))
     keys = jax.random.split(named(key, "densities"), len(samplers))
@@ -208,18 +205,39 @@ def _check(settings: Settings) -> None:
             )
 
 
-def _fit(key: Key, family: str, point: Datapoint, curvature: Gaussian, settings: Settings) -> _Fit:
-    posterior = posteriors.make(family, point.target.latent_dim, target=point.target)
-    key = named(key, family)
-    result = optimize_local(
-        named(key, "steps"),
-        point.target,
-        posterior,
-        rule=settings.preset,
-        start=curvature if settings.preset == "fast" else None,
-        max_steps=settings.max_steps,
-    )
-    return _Fit(family, posterior, result, key)
+def _fits(
+    key: Key, families: Sequence[str], point: Datapoint, curvature: Gaussian, settings: Settings
+) -> list[_Fit]:
+    """Local inference of each family; those that start at the best Gaussian share its fit."""
+    fits: dict[str, _Fit] = {}
+
+    def fit(family: str) -> _Fit:
+        if family not in fits:
+            fits[family] = optimize(family)
+        return fits[family]
+
+    def optimize(family: str) -> _Fit:
+        posterior = posteriors.make(family, point.target.latent_dim, target=point.target)
+        key_of_family = named(key, family)
+        found = functools.partial(
+            optimize_local,
+            named(key_of_family, "steps"),
+            point.target,
+            posterior,
+            rule=settings.preset,
+            max_steps=settings.max_steps,
+        )
+        if settings.preset != "fast":
+            return _Fit(family, posterior, found(), key_of_family)
+        if posterior.natural is not None:
+            return _Fit(family, posterior, found(start=curvature), key_of_family)
+        dense = posterior.place is not None
+        best = fit("full_gaussian" if dense else "gaussian").result
+        result = found(start=posteriors.gaussian_of(best.params, full=dense), fitted=True)
+        result = result._replace(num_steps=best.num_steps + result.num_steps)
+        return _Fit(family, posterior, result, key_of_family)
+
+    return [fit(family) for family in families]
 
 
 def _laplace(point: Datapoint, settings: Settings) -> Gaussian:
