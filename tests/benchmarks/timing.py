@@ -12,17 +12,22 @@ import jax.numpy as jnp
 
 
 def seconds(
-    functions: dict[str, Callable[[], Any]], repeats: int = 5
+    functions: dict[str, Callable[[], Any]],
+    repeats: int = 5,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, tuple[float, float, float]]:
-    """Median, least and most wall seconds of each function; they take turns, so drift cancels."""
+    """Median, least and most wall seconds of each function; they take turns, so drift cancels.
+
+    clock: time.process_time for seconds of CPU, on a machine that is not idle.
+    """
     for function in functions.values():
         jax.block_until_ready(function())
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
-            start = time.perf_counter()
+            start = clock()
             jax.block_until_ready(function())
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return {name: (statistics.median(t), min(t), max(t)) for name, t in times.items()}
 
 
