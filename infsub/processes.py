@@ -222,10 +222,9 @@ def _join(team: Team) -> None:
     (address, *_) = exchanged(address if is_first() else "")
     if not is_first():
         address = _relayed(address)
-    # Its handler of SIGTERM would take the place of ours.
-    jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(address, *team.shard[::-1], cluster_detection_method=team.scheduler)
+    signals.take_back()  # jax has put a handler of SIGTERM beneath Python's
     if is_first():
         say(f"{count()} processes train together, on {jax.device_count()} devices.")
 

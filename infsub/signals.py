@@ -54,6 +54,13 @@ def watch() -> None:
     threading.Thread(target=_read, args=(reader,), daemon=True).start()
 
 
+def take_back() -> None:
+    """Gives Python's handlers their signals again, after a library has put its own beneath them."""
+    if threading.current_thread() is threading.main_thread():
+        for number in NUMBERS:
+            signal.signal(number, signal.getsignal(number))
+
+
 def _nothing(number: int, _frame: Any) -> None:
     """The thread acts; but a signal whose handler is the default writes nothing into the pipe."""
 

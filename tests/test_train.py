@@ -373,32 +373,38 @@ def test_seeds_together_are_the_runs_of_their_own(source, tmp_path):
         checkpoints.load_variables(tmp_path)
 
 
-TWO_DEVICES = """
+FOUR_DEVICES = """
 import jax, numpy as np, tiny
 from infsub import data, train_step as steps, vae
+assert jax.device_count() == 4
 config, digits = tiny.get_config(), data.load("mnist5k")
-task = steps.make_task(vae.make_vae(config.model, (28, 28, 1), 2), config.train, 4000)
-assert task.mesh.size == 2, task.mesh
-found = []
-for task in (task, task._replace(mesh=None)):
-    keys, _, variables = steps.initial(task, np.array([0, 1]))
-    states = steps.init_states(task, variables)
-    arguments = steps.replicated(task, (keys, states, digits.train.images))
-    chunk = steps.train_chunk.lower(task, *arguments, 0, 20).compile()
-    # Half a batch of 250 each.
-    assert ("f32[2,125,784]" in chunk.as_text()) == (task.mesh is not None)
-    found.append(chunk(*arguments, 0, 20))
-jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-4), *found)
+model = vae.make_vae(config.model, (28, 28, 1), 2)
+# Four devices divide no batch of 250, two do; the other two do nothing.
+for batch_size, num_devices in ((248, 4), (250, 2)):
+    config.train.batch_size = batch_size
+    task, found = steps.make_task(model, config.train, 4000), []
+    assert task.mesh.size == num_devices, task.mesh
+    for task in (task, task._replace(mesh=None)):
+        keys, _, variables = steps.initial(task, np.array([0, 1]))
+        states = steps.init_states(task, variables)
+        arguments = steps.replicated(task, (keys, states, digits.train.images))
+        chunk = steps.train_chunk.lower(task, *arguments, 0, 20).compile()
+        share = f"f32[2,{batch_size // num_devices},784]"
+        assert (share in chunk.as_text()) == (task.mesh is not None)
+        found.append(chunk(*arguments, 0, 20))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-4), *found)
+config.train.batch_size = 249
+assert steps.make_task(model, config.train, 4000).mesh is None
 """
 
 
 @pytest.mark.slow
 def test_devices_share_each_batch_and_reach_the_same_numbers():
-    devices = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+    devices = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
     flags = {"XLA_FLAGS": devices, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     folder = os.path.dirname(tiny.__file__)
     result = subprocess.run(
-        [sys.executable, "-c", TWO_DEVICES],
+        [sys.executable, "-c", FOUR_DEVICES],
         env=os.environ | flags | {"PYTHONPATH": folder},
         capture_output=True,
         text=True,
