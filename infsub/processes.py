@@ -25,7 +25,6 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from infsub import records, signals
-from infsub.files import say
 from infsub.shards import WHOLE, Shard
 from infsub.types import UserError
 
@@ -225,8 +224,6 @@ def _join(team: Team) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(address, *team.shard[::-1], cluster_detection_method=team.scheduler)
     signals.take_back()  # jax has put a handler of SIGTERM beneath Python's
-    if is_first():
-        say(f"{count()} processes train together, on {jax.device_count()} devices.")
 
 
 def _server(port: int) -> socket.socket:

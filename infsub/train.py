@@ -155,6 +155,12 @@ def _train(
     identity = configs.identity(config, job.dataset.identity)
     told = processes.exchanged([identity, bool(job.active)])
     processes.together(lambda: _check_equal(job, [identity for identity, _ in told]))
+    if processes.count() > 1 and processes.is_first():
+        devices = job.task.mesh.devices  # pyright: ignore[reportOptionalMemberAccess]
+        files.say(
+            f"{len({device.process_index for device in devices})} processes train together, each batch "
+            f"of {config.train.batch_size} on {devices.size} devices."
+        )
     step, number = 0, 0
     if not told[0][1]:
         files.say(f"the training of {workdir} is done.")

@@ -229,8 +229,9 @@ def assert_trained_alike(workdir: Path, whole: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_make_what_one_makes(pair, whole, tmp_path):
     workdir = tmp_path / "run"
-    for answer in pair(workdir):
-        assert answer["code"] == 0, answer["log"]
+    answers = pair(workdir)
+    assert [answer["code"] for answer in answers] == [0, 0], answers
+    assert "2 processes train together, each batch of 250 on 2 devices" in answers[0]["log"]
     assert_trained_alike(workdir, whole)
     # Trained together, they have each evaluated their share, and the last one has reported.
     assert [path.name for path in shards.paths(workdir, "rows")] == [
@@ -322,5 +323,5 @@ def test_tasks_of_slurm_find_each_other(whole, tmp_path):
         tasks.append(task)
     said = [task.communicate(timeout=120)[1] for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0], said
-    assert "2 processes train together, on 2 devices" in said[0]
+    assert "2 processes train together, each batch of 250 on 2 devices" in said[0]
     assert all("is done" in text for text in said)
