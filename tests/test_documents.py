@@ -68,7 +68,7 @@ def test_a_command_is_understood(where, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     values, argv = flags.FlagValues(), ["", *arguments]
     config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-    for name in ("workdir", "mode", "cells", "shard"):
+    for name in ("workdir", "mode", "cells", "shard", "coordinator"):
         values[name] = copy.deepcopy(flags.FLAGS[name])
     assert values(argv) == [""]
     if "experiment" in config.value:
