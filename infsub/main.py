@@ -140,13 +140,11 @@ def main(_: list[str]) -> int:
         shard = shards.parse(SHARD.value, os.environ)
         team = processes.parse(COORDINATOR.value, shard, os.environ)
         shard = team.shard if team else shard
-        if shard != shards.WHOLE and MODE.value not in (
-            "run",
-            "evaluate",
-            *(["train"] * bool(team)),
-        ):
+        shared = ["run", "evaluate", *(["train"] if team else [])]
+        if shard != shards.WHOLE and MODE.value not in shared:
+            who = "several tasks are" if team else "--shard is"
             raise UserError(
-                f"--shard is for --mode=run and evaluate; {MODE.value} is of the whole."
+                f"{who} for --mode={' and '.join(shared)}; {MODE.value} is of the whole."
             )
         if MODE.value == "status":
             print(experiments.status(workdir) or records.status(workdir))

@@ -124,6 +124,11 @@ MISTAKES = {
         ["W", QUICK, "--mode=train", "--shard=0/2"],
         "--shard is for --mode=run",
     ),
+    "no team": (["W", QUICK, "--coordinator=a:1"], "give each its --shard=i/n too"),
+    "report of a team": (
+        ["W", "--mode=report", "--coordinator=a:1", "--shard=0/2"],
+        "several tasks are for --mode=run and evaluate and train; report is of the whole",
+    ),
     "no source": (["W", QUICK, "--config.init_from=/nowhere"], "/nowhere holds no run"),
     "unwritable": (["--workdir=/proc/run", QUICK], "--workdir=/proc/run cannot be written to"),
     "override alone": (["W", "--config.seed=3"], "give --config=FILE.py too"),

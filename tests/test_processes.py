@@ -198,9 +198,9 @@ def pair(servers):
 
 @pytest.fixture(scope="module")
 def whole(servers, tmp_path_factory):
-    """What one process makes."""
+    """What one process trains."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
-    answer = servers[0](*ARGUMENTS, f"--workdir={workdir}")
+    answer = servers[0]("--mode=train", *ARGUMENTS, f"--workdir={workdir}")
     assert answer["code"] == 0, answer["log"]
     return workdir
 
@@ -274,17 +274,17 @@ def test_from_one_process_to_two_and_back(servers, pair, whole, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("killed", [0, 1])
-def test_when_one_is_killed_the_other_ends_and_both_go_on(pair, whole, tmp_path, killed):
-    kill = (killed, when(tmp_path, signal.SIGKILL, 2))
-    answers = pair(tmp_path, "--mode=train", kill=kill)
-    other = answers[1 - killed]
-    assert [answers[killed]["code"], other["code"]] == [-signal.SIGKILL, 1], other["log"]
-    assert other["log"].splitlines()[-1] == (
-        f"infsub: process {killed} of 2 has ended, and the training with it: see what it said; the same "
-        "command continues from the last checkpoint."
-    )
-    assert other["ended"] - answers[killed]["ended"] < 20
+def test_when_one_is_killed_the_other_ends_and_both_go_on(pair, whole, tmp_path):
+    for killed, lines in ((1, 2), (0, 4)):
+        kill = (killed, when(tmp_path, signal.SIGKILL, lines))
+        answers = pair(tmp_path, "--mode=train", kill=kill)
+        other = answers[1 - killed]
+        assert [answers[killed]["code"], other["code"]] == [-signal.SIGKILL, 1], other["log"]
+        assert other["log"].splitlines()[-1] == (
+            f"infsub: process {killed} of 2 has ended, and the training with it: see what it said; the "
+            "same command continues from the last checkpoint."
+        )
+        assert other["ended"] - answers[killed]["ended"] < 20
     answers = pair(tmp_path, "--mode=train")
     assert [answer["code"] for answer in answers] == [0, 0], answers
     assert "continuing from step" in answers[0]["log"]
