@@ -49,6 +49,13 @@ def test_the_python_blocks_run_as_pasted():
     assert np.all(estimate.standard_error < 1)
 
 
+def test_a_model_of_ones_own_takes_fifteen_lines():
+    (block,) = [b for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "Model(" in b]
+    assert "infsub.measure(" in block
+    assert "infsub.check(" in block
+    assert 5 < sum(bool(line.strip()) for line in block.splitlines()) <= 15
+
+
 def test_there_are_commands():
     assert len(COMMANDS) > 15
 

@@ -81,7 +81,7 @@ def main() -> None:
     train = data.load("mnist5k").train
     loops = {"infsub": ours(train_step.unpacked(train.images), train.size)}
     try:
-        x = np.asarray(data.batch(train.images, jnp.arange(train.size)))
+        x = np.array(data.batch(train.images, jnp.arange(train.size)))  # PyTorch may write
         loops["PyTorch loop"] = pytorch(x.reshape(train.size, -1))
     except ImportError:
         print("PyTorch is not installed: only infsub is timed")
