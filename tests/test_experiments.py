@@ -280,8 +280,8 @@ def workdir(tmp_path_factory):
     return tmp_path_factory.mktemp("paper")
 
 
-# In every run one that trains two families, and one that takes curves; the others by night.
-OFTEN = "main_table", "local_steps"
+# In every run one that trains two families and takes their curves; the others by night.
+OFTEN = ("local_steps",)
 
 
 @pytest.mark.slow

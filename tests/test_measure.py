@@ -89,19 +89,13 @@ def test_every_bound_lies_where_its_closed_form_says(xs, columns):
     assert columns["local_gaussian_converged"].all()
 
 
-def test_a_family_is_fitted_from_the_best_gaussian_whichever_others_are_asked_for(xs, columns):
-    """Where an FFG cannot be the posterior a flow that starts at the best one goes on from there."""
-
-    def found(*families):
-        settings = SETTINGS._replace(families=families)
-        return map_datapoints(bounds, jax.random.key(1), xs, static={"settings": settings})
-
-    alone, beside = found("planar"), found("planar", "gaussian")
-    for name in (name for name in alone if "local_planar" in name):
-        np.testing.assert_allclose(alone[name], beside[name], atol=1e-4, err_msg=name)
-    np.testing.assert_allclose(beside["local_gaussian"], columns["local_gaussian"], atol=1e-4)
-    assert np.all(alone["local_planar_steps"] > beside["local_gaussian_steps"])
-    assert np.mean(alone["local_planar"] - beside["local_gaussian"]) > 0
+def test_a_flow_goes_on_from_the_best_gaussian_asked_for_or_not(xs, columns):
+    settings = SETTINGS._replace(families=("planar",))
+    found = map_datapoints(bounds, jax.random.key(1), xs, static={"settings": settings})
+    assert np.all(found["local_planar_steps"] > columns["local_gaussian_steps"])
+    gains = found["local_planar"] - columns["local_gaussian"]
+    assert np.mean(gains) > 0
+    assert np.all(gains > -4 * np.hypot(found["local_planar_se"], columns["local_gaussian_se"]))
 
 
 def test_the_certificate_holds_zero():

@@ -58,7 +58,7 @@ def assert_same(workdir: Path, whole: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.thorough)])
 def test_killed_many_times_it_ends_bit_identical(
     command: Command, whole: Path, tmp_path: Path, seed: int
 ) -> None:
