@@ -21,9 +21,6 @@ test-slow: .venv/dev.done  ## the tests that take minutes
 test-ci: .venv/dev.done  ## both at once, for they share fixtures and programs
 	$(RUN) $(PYTEST) -m 'not thorough'
 
-test-ci: .venv/dev.done  ## both at once, for they share fixtures and programs
-	$(RUN) $(PYTEST) -m 'not thorough'
-
 test-thorough: .venv/dev.done  ## the rest: examples, notebook, sweeps, kills, full disks
 	$(RUN) $(PYTEST) -m thorough
 
