@@ -15,11 +15,8 @@ quickstart: .venv/plots.done  ## train, evaluate and report on real digits
 test: .venv/dev.done  ## the tests
 	$(RUN) $(PYTEST) -m 'not slow'
 
-test-slow: .venv/dev.done  ## the tests that take minutes
+test-slow: .venv/dev.done  ## the tests that take minutes; CI runs both
 	$(RUN) $(PYTEST) -m 'slow and not thorough'
-
-test-ci: .venv/dev.done  ## both at once, for they share fixtures and programs
-	$(RUN) $(PYTEST) -m 'not thorough'
 
 test-thorough: .venv/dev.done  ## the rest: examples, notebook, sweeps, kills, full disks
 	$(RUN) $(PYTEST) -m thorough
@@ -71,4 +68,4 @@ wheel: .venv/bin/uv  ## build the wheel, install it alone, and import it
 clean:  ## everything that can be made again, except runs/
 	rm -rf .venv dist .pytest_cache .ruff_cache
 
-.PHONY: quickstart test test-slow test-ci test-thorough test-lowest lint bench docs faults wheel clean
+.PHONY: quickstart test test-slow test-thorough test-lowest lint bench docs faults wheel clean
