@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from pathlib import Path
 
@@ -19,10 +18,6 @@ os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {os.environ.get(
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".pytest_cache/compilations")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-
-# Programs and traces are kept, and there are millions of them: looking through all for cycles is a
-# twelfth of the time if Python does it as often as it would.
-gc.set_threshold(50_000, 20, 10)
 
 # The same examples each time: a run is red for what changed. A first example may compile.
 settings.register_profile("same", derandomize=True, deadline=None, database=None)
