@@ -209,14 +209,9 @@ def _fits(
     key: Key, families: Sequence[str], point: Datapoint, curvature: Gaussian, settings: Settings
 ) -> list[_Fit]:
     """Local inference of each family; those that start at the best Gaussian share its fit."""
-    fits: dict[str, _Fit] = {}
 
+    @functools.cache
     def fit(family: str) -> _Fit:
-        if family not in fits:
-            fits[family] = optimize(family)
-        return fits[family]
-
-    def optimize(family: str) -> _Fit:
         posterior = posteriors.make(family, point.target.latent_dim, target=point.target)
         key_of_family = named(key, family)
         found = functools.partial(

@@ -156,10 +156,10 @@ def _train(
     told = processes.exchanged([identity, bool(job.active)])
     processes.together(lambda: _check_equal(job, [identity for identity, _ in told]))
     if processes.count() > 1 and processes.is_first():
-        devices = job.task.mesh.devices  # pyright: ignore[reportOptionalMemberAccess]
+        size = job.task.mesh.size  # pyright: ignore[reportOptionalMemberAccess]
         files.say(
-            f"{len({device.process_index for device in devices})} processes train together, each batch "
-            f"of {config.train.batch_size} on {devices.size} devices."
+            f"{processes.count()} processes train together, each batch of {config.train.batch_size} on "
+            f"{size} devices."
         )
     step, number = 0, 0
     if not told[0][1]:
