@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from jax.tree_util import Partial
 
 from infsub import (
     checkpoints,
+    compilations,
     data,
     files,
     imported,
@@ -77,6 +79,7 @@ def evaluate(
 def _evaluate(
     config: configs.Config, workdir: Path, run: dict[str, Any], shard: Shard
 ) -> list[int]:
+    began = compilations.spent()
     settings, root = config.evaluate, jax.random.key(config.seed)
     key_rows, key_certificate = stream(root, Stream.ROWS), stream(root, Stream.CERTIFICATE)
     source = _theirs(config, root) if config.model.imported else _ours(config, workdir, run, root)
@@ -100,7 +103,9 @@ def _evaluate(
         columns = mapped(subjects.bounds, key_rows, points.at(block), block)
         return {rows.LABEL: labels} | columns
 
-    written = _write_rows(folder, "rows", shard, "evaluating", indices, block_size, evaluated)
+    written = _write_rows(
+        folder, "rows", shard, "evaluating", indices, block_size, evaluated, began
+    )
     if settings.bdmc.num_points:
         simulated = np.arange(settings.bdmc.num_points)
 
@@ -108,7 +113,7 @@ def _evaluate(
             covariates = points.at(indices[block % len(indices)])
             return mapped(subjects.certificate, key_certificate, covariates, block)
 
-        _write_rows(folder, "bdmc", shard, "certifying", simulated, block_size, bounded)
+        _write_rows(folder, "bdmc", shard, "certifying", simulated, block_size, bounded, began)
     bad = _not_finite(indices, written)
     if not (folder / records.IMAGES).exists():
         blocks = np.split(indices, range(block_size, len(indices), block_size))
@@ -340,6 +345,7 @@ def _write_rows(
     indices: np.ndarray,
     block_size: int,
     block_columns: Callable[[np.ndarray], dict[str, Any]],
+    began: compilations.Spent,
 ) -> list[dict[str, Any]]:
     """Appends a row for each index of the shard that is nowhere yet, block by block; its rows.
 
@@ -358,14 +364,18 @@ def _write_rows(
         files.rewrite_rows(path, written.values())  # without a torn last line
     named = label if shard == WHOLE else f"{label} {shard}"
     progress = files.Progress(len(mine), named, done, "datapoint")
+    clock = folder / f"progress.{_ACTIVITY}{shard.name}.json"
     for block in np.split(mine, range(block_size, len(mine), block_size)):
         missing = ~np.isin(block, list(written))
         if missing.any():
+            start = time.monotonic()
             block_rows = rows.to_json({rows.INDEX: block} | block_columns(block))
             new = [row for row, wanted in zip(block_rows, missing, strict=True) if wanted]
             files.append_rows(path, new)
             written |= {row[rows.INDEX]: row for row in new}
             progress.update(done := done + len(new))
+            speed = len(new) / (time.monotonic() - start)
+            records.write_progress(clock, progress, speed, compilations.spent().since(began))
     progress.close()
     known = elsewhere | written
     found = [known[i] for i in share.tolist()]

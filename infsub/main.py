@@ -12,6 +12,7 @@ Exit codes: 0 done, 1 failed, 2 a mistake in the command, 130 Ctrl-C and 143 SIG
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import math
@@ -19,15 +20,15 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from infsub import compilations, experiments, files, processes, records, shards
 from infsub import config as configs
-from infsub import experiments, files, processes, records, shards
 from infsub.types import UserError
 
 _ORBAX = f"{os.sep}orbax{os.sep}"
@@ -149,14 +150,16 @@ def main(_: list[str]) -> int:
         if MODE.value == "status":
             print(experiments.status(workdir) or records.status(workdir))
         elif "experiment" in (CONFIG.value or {}):
-            return run_experiment(MODE.value, CONFIG.value, workdir, shard)
+            with timed():
+                return run_experiment(MODE.value, CONFIG.value, workdir, shard)
         elif CELLS.value:
             raise UserError(
                 "--cells is for experiments, such as --config=configs/paper/test_set.py."
             )
         else:
             config = CONFIG.value or records.read_config(workdir)
-            run(MODE.value, configs.resolve(config), workdir, shard, team)
+            with timed():
+                run(MODE.value, configs.resolve(config), workdir, shard, team)
     except (UserError, records.Stopped, KeyboardInterrupt) as error:
         files.say(str(error) or "stopped; the same command continues.")
         return getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 2)
@@ -175,6 +178,17 @@ def main(_: list[str]) -> int:
             raise
         return 1
     return 0
+
+
+@contextlib.contextmanager
+def timed() -> Iterator[None]:
+    """Keeps what is compiled, and says where the seconds went, if any went there."""
+    compilations.keep()
+    began = compilations.spent()
+    yield
+    spent = compilations.spent().since(began)
+    if spent.compiled or spent.cached:
+        files.say(f"{spent}.")
 
 
 def run(

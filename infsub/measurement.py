@@ -16,8 +16,8 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from infsub import compilations, files, gaps, imported, records, rows, subjects, thumbnails
 from infsub import config as configs
-from infsub import files, gaps, imported, records, rows, subjects, thumbnails
 from infsub.datapoints import map_datapoints, number_of
 from infsub.keys import Stream, stream
 from infsub.measure import Settings
@@ -225,6 +225,8 @@ def measure(
     inference gap = (log p̂(x) − L[q*]) + (L[q*] − L[q]) = approximation + amortization gap
     (Cremer, Li & Duvenaud 2018, arXiv 1801.03558, section 3); see infsub.gaps.
 
+    From here on the process keeps what jax compiles in the user's cache: infsub.compilations.keep.
+
     Args:
       key: of the whole measurement; a datapoint's is folded from it and its index.
       model: a Model, functions of ONE datapoint; z is flat [D].
@@ -262,6 +264,7 @@ def measure(
       >>> print(f"{measured.gaps.lines['amortization_gap_gaussian'].mean.mean:.1f} nats")
       0.2 nats
     """
+    compilations.keep()
     settings = (settings or Settings())._replace(families=tuple(families))
     subject = subjects.of_model(model)
     if num_certified and subject.simulate is None:

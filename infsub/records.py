@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from infsub import compilations, files, shards
 from infsub import config as configs
-from infsub import files, shards
 from infsub.types import UserError
 
 TRACES = ("checkpoints", "metrics.jsonl", "rows.jsonl", "table.md", "seed_0")  # that a run leaves
@@ -111,8 +111,14 @@ class TensorBoard:
         self._writer.close()
 
 
-def write_progress(workdir: Path, progress: files.Progress, speed: float) -> None:
-    """progress.json, for `--mode=status`: the only record that depends on the clock."""
+def write_progress(
+    path: Path, progress: files.Progress, speed: float, spent: compilations.Spent
+) -> None:
+    """progress.json, for `--mode=status`: the only kind of record that depends on the clock.
+
+    speed: examples or datapoints a second.
+    spent: by this process since it began with this.
+    """
     content = {
         "done": progress.done,
         "total": progress.total,
@@ -120,8 +126,9 @@ def write_progress(workdir: Path, progress: files.Progress, speed: float) -> Non
         "examples_per_second": speed,
         "time": time.time(),
         "pid": os.getpid(),
+        **spent.to_json(),
     }
-    files.write_json(workdir / "progress.json", files.finite(content))
+    files.write_json(path, files.finite(content))
 
 
 def read_run(workdir: Path, *needed: str) -> dict[str, Any]:

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from infsub import compilations, data, files, locks, processes, records, signals
 from infsub import config as configs
-from infsub import data, files, locks, processes, records, signals
 from infsub.checkpoints import Checkpoints, load_variables
 from infsub.train_step import (
     MAX_EPOCHS,
@@ -213,6 +213,7 @@ class Job(NamedTuple):
       task: what runs on the device.
       members: the models' workdirs and records, [S]; of processes that train together the first has
         them, and the others none.
+      began: what the process had spent before.
     """
 
     config: configs.Config
@@ -220,6 +221,7 @@ class Job(NamedTuple):
     dataset: data.Dataset
     task: Task
     members: list[Member]
+    began: compilations.Spent
 
     @property
     def active(self) -> list[int]:
@@ -275,7 +277,7 @@ class State(NamedTuple):
 
 def _job(config: configs.Config, workdir: Path, held: contextlib.ExitStack, patience: float) -> Job:
     """Reads the data, builds the model and makes the workdirs this run's, the lock `held`."""
-    names, train = config.data, config.train
+    names, train, began = config.data, config.train, compilations.spent()
     dataset = data.load_config(names)
     try:
         vae = make_vae(config.model, dataset.image_shape, dataset.levels)
@@ -290,7 +292,7 @@ def _job(config: configs.Config, workdir: Path, held: contextlib.ExitStack, pati
         )
     task = make_task(vae, train, num_train)
     if not processes.is_first():
-        return Job(config, workdir, dataset, task, [])
+        return Job(config, workdir, dataset, task, [], began)
     source = records.read_run(Path(config.init_from))["identity"] if config.init_from else ""
     runs = configs.runs(config, workdir)
     # Last: a mistake leaves no folder behind.
@@ -307,7 +309,7 @@ def _job(config: configs.Config, workdir: Path, held: contextlib.ExitStack, pati
         )
     keep_every = train.keep_every * task.steps_per_epoch
     members = [Member(each, folder, keep_every) for each, folder in runs]
-    return Job(config, workdir, dataset, task, members)
+    return Job(config, workdir, dataset, task, members, began)
 
 
 def _restore(job: Job) -> tuple[Inputs, State]:
@@ -415,7 +417,8 @@ def _loop(job: Job, inputs: Inputs, state: State) -> tuple[int, int]:
                 _save(job, state, job.active)
                 saved = time.monotonic()
             bar.update(end, note)
-            records.write_progress(job.workdir, bar, speed)
+            spent = compilations.spent().since(job.began)
+            records.write_progress(job.workdir / "progress.json", bar, speed, spent)
     bar.close()
     if number:
         _save(job, state, job.active)

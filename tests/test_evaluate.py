@@ -77,6 +77,15 @@ def again(workdir, **fields):
     return evaluate.evaluate(config, workdir)
 
 
+@pytest.mark.parametrize("name", ["progress.json", "progress.evaluation.json"])
+def test_progress_says_where_the_seconds_went(trained, name):
+    progress = files.read_json(trained / name, records.PROGRESS)
+    assert progress is not None
+    assert progress["done"] == progress["total"] > 0
+    assert progress["programs_compiled"] + progress["programs_cached"] > 0
+    assert min(progress[f"seconds_{part}"] for part in ("tracing", "compiling", "running")) > 0
+
+
 def test_rows(trained):
     rows = files.read_rows(trained / "rows.jsonl")
     assert len(rows) == 10

@@ -216,6 +216,7 @@ def test_the_whole_way_and_again(command, tmp_path):
     assert {"table.csv", "gaps.png", "reconstructions.png", "samples.png", "tensorboard"} <= names
     rows = (tmp_path / "rows.jsonl").read_bytes()
     assert len(rows.splitlines()) == 3
+    assert re.search(r"infsub: .* s: .* s tracing, .* s compiling \(\d+ programs, and \d+", log)
 
     code, log = command(*arguments)
     assert code == 0, log

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from infsub import config, files, records
+from infsub import compilations, config, files, records
 from infsub.types import UserError
 
 DIGITS = {"image_shape": (28, 28, 1), "levels": 2, "steps_per_epoch": 40}
@@ -156,6 +156,7 @@ def test_status_knows_no_time_left_before_the_second_dispatch(tmp_path):
     records.claim(config.resolve(config.default()), tmp_path, "digits", "", **DIGITS)
     progress = files.Progress(4000, "train")
     progress.update(40)
-    records.write_progress(tmp_path, progress, speed=100.0)
+    spent = compilations.Spent(4.0, 1.0, 0.5, 2, 3)
+    records.write_progress(tmp_path / "progress.json", progress, 100.0, spent)
     assert "epoch 1 of 100, 100 examples/s" in records.status(tmp_path)
     assert "time left" not in records.status(tmp_path)
