@@ -30,7 +30,7 @@ from infsub import (
     thumbnails,
 )
 from infsub import config as configs
-from infsub.datapoints import map_datapoints
+from infsub.datapoints import few_sizes, map_datapoints
 from infsub.keys import Stream, stream
 from infsub.measure import Datapoint
 from infsub.shards import WHOLE, Shard
@@ -349,8 +349,9 @@ def _write_rows(
 ) -> list[dict[str, Any]]:
     """Appends a row for each index of the shard that is nowhere yet, block by block; its rows.
 
-    A block that a kill has torn is computed whole again, in the same program on the same datapoints,
-    so that the numbers are the same to the bit; its missing rows are kept.
+    The last block is filled up with copies of its last datapoint: one program. A block that a kill has
+    torn is computed whole again, in the same program on the same datapoints, so that the numbers are
+    the same to the bit; its missing rows are kept.
     """
     path = shards.path_of(folder, stem, shard)
     written = {row[rows.INDEX]: row for row in files.read_rows(path, {rows.INDEX: int})}
@@ -364,12 +365,15 @@ def _write_rows(
         files.rewrite_rows(path, written.values())  # without a torn last line
     named = label if shard == WHOLE else f"{label} {shard}"
     progress = files.Progress(len(mine), named, done, "datapoint")
+    whole = min(block_size, few_sizes(max(1, len(mine))))
     clock = folder / f"progress.{_ACTIVITY}{shard.name}.json"
     for block in np.split(mine, range(block_size, len(mine), block_size)):
         missing = ~np.isin(block, list(written))
         if missing.any():
             start = time.monotonic()
-            block_rows = rows.to_json({rows.INDEX: block} | block_columns(block))
+            full = np.pad(block, (0, max(0, whole - len(block))), "edge")
+            columns = {n: values[: len(block)] for n, values in block_columns(full).items()}
+            block_rows = rows.to_json({rows.INDEX: block} | columns)
             new = [row for row, wanted in zip(block_rows, missing, strict=True) if wanted]
             files.append_rows(path, new)
             written |= {row[rows.INDEX]: row for row in new}

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from infsub import posteriors
+from infsub.datapoints import few_sizes
 from infsub.keys import named
 from infsub.measure import (
     Datapoint,
@@ -107,13 +108,14 @@ def certificate(
 
 
 def sizes(num_points: int, num_chains: int, block_size: int = 0) -> tuple[int, int]:
-    """Datapoints a dispatch, in blocks of equal size, and the samples of each at a time.
+    """Datapoints a dispatch, in blocks of equal size, nearly, and the samples of each at a time.
 
     block_size: an upper limit; 0: what the device likes.
     """
     rows = _ROWS.get(jax.default_backend()) or _rows_of_memory(jax.local_devices())
     block_size = block_size or max(1, rows // num_chains)
-    block_size = -(-num_points // -(-num_points // block_size))
+    equal = -(-num_points // -(-num_points // block_size))
+    block_size = min(block_size, few_sizes(equal))
     return block_size, max(1, rows // block_size)
 
 

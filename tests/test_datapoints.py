@@ -71,6 +71,23 @@ def test_all_blocks_share_one_compilation():
 
 
 @pytest.mark.slow
+def test_few_sizes_are_compiled():
+    traces = []
+
+    def seen(key, x):
+        traces.append(1)
+        return x.sum()
+
+    for number in (13, 14, 10):
+        got = infsub.map_datapoints(seen, jax.random.key(0), XS[:number])
+        np.testing.assert_allclose(got, XS[:number].sum(1), rtol=1e-6)
+    assert len(traces) == 2  # for 13 and 14, and for 10
+    sizes = [datapoints.few_sizes(n) for n in range(1, 1001)]
+    assert sizes[:20] == [1, 2, 3, 4, 5, 6, 7, 8, 10, 10, 12, 12, 14, 14, 16, 16, 20, 20, 20, 20]
+    assert all(n <= size <= 1.25 * n for n, size in enumerate(sizes, 1))
+    assert all(datapoints.few_sizes(size) == size for size in sizes)
+
+
 def test_equal_static_values_share_one_compilation():
     traces = []
 

@@ -86,6 +86,22 @@ def test_progress_says_where_the_seconds_went(trained, name):
     assert min(progress[f"seconds_{part}"] for part in ("tracing", "compiling", "running")) > 0
 
 
+def test_a_last_block_is_no_program_of_its_own(trained, workdir, monkeypatch):
+    sizes = []
+
+    def counted(function, key, xs, *args, **options):
+        sizes.append(len(xs))
+        return map_datapoints(function, key, xs, *args, **options)
+
+    monkeypatch.setattr(evaluate, "map_datapoints", counted)
+    for name in ("rows.jsonl", "bdmc.jsonl"):
+        (workdir / name).unlink()
+    again(workdir)
+    assert sizes == [4] * 5  # of ten rows, and of six points to certify on
+    for name in ("rows.jsonl", "bdmc.jsonl"):
+        assert files.read_rows(workdir / name) == files.read_rows(trained / name)
+
+
 def test_rows(trained):
     rows = files.read_rows(trained / "rows.jsonl")
     assert len(rows) == 10

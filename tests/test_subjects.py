@@ -39,3 +39,11 @@ def test_blocks_are_of_equal_size_and_within_the_limit(num_points):
     assert chunk >= 1
     num_blocks = -(-num_points // block)
     assert num_blocks * block - num_points < num_blocks  # the last one lacks less than one each
+
+
+def test_other_numbers_of_datapoints_are_the_same_few_programs():
+    found = {n: subjects.sizes(n, 16, 20) for n in range(1, 1001)}
+    for n, (block, _) in found.items():
+        assert -(-n // block) * block <= 1.25 * n + 1
+    assert {found[n] for n in range(65, 1001)} == {found[100]}
+    assert len(set(found.values())) == 13  # 1 … 8, 10, 12, 14, 16, 20
