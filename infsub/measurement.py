@@ -225,7 +225,8 @@ def measure(
     inference gap = (log p̂(x) − L[q*]) + (L[q*] − L[q]) = approximation + amortization gap
     (Cremer, Li & Duvenaud 2018, arXiv 1801.03558, section 3); see infsub.gaps.
 
-    From here on the process keeps what jax compiles in the user's cache: infsub.compilations.keep.
+    From here on the process keeps what jax compiles in the user's cache: infsub.compilations.keep. So
+    functions defined anew are traced again, which takes a few seconds, but not compiled again.
 
     Args:
       key: of the whole measurement; a datapoint's is folded from it and its index.
