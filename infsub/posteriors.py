@@ -165,8 +165,12 @@ def moment_matched(
     if params is not None:
         sample = q.sample if isinstance(q, Posterior) else q
         q = Partial(_sample, as_partial(sample), params)
-    keys = jax.random.split(key, positive_int("num_samples", num_samples))
-    z, _ = jax.vmap(as_sampler(q))(keys)
+    return _moment_matched(key, as_sampler(q), positive_int("num_samples", num_samples), full)
+
+
+@functools.partial(jax.jit, static_argnames=("num_samples", "full"))
+def _moment_matched(key: Key, q: Partial, num_samples: int, full: bool) -> Gaussian:
+    z, _ = jax.vmap(q)(jax.random.split(key, num_samples))
     mean, scale = jnp.mean(z, axis=0), jnp.std(z, axis=0)
     if not full:
         return Gaussian(mean, scale)
