@@ -140,9 +140,9 @@ def laplace_with_info(
     return _laplace(target, starts, tolerance, num_adam, positive_int("num_steps", num_steps), full)
 
 
-@partial(jax.jit, static_argnames=("num_adam", "num_steps", "full"))
+@partial(jax.jit, static_argnames=("num_adam", "full"))
 def _laplace(
-    target: Target, starts: Array, tolerance: Array, num_adam: int, num_steps: int, full: bool
+    target: Target, starts: Array, tolerance: Array, num_adam: int, num_steps: Array, full: bool
 ) -> tuple[Gaussian, LaplaceInfo]:
     def fit(z: Array) -> tuple[Gaussian, LaplaceInfo]:
         return _fit(target, z, tolerance, num_adam, num_steps, full)
@@ -155,7 +155,7 @@ def _laplace(
 
 
 def _fit(
-    target: Target, z: Array, tolerance: Array, num_adam: int, num_steps: int, full: bool
+    target: Target, z: Array, tolerance: Array, num_adam: int, num_steps: Array, full: bool
 ) -> tuple[Gaussian, LaplaceInfo]:
     """The fit from one start z [D]."""
     value_at = partial(log_joint, target)
