@@ -33,7 +33,7 @@ lint: .venv/dev.done  ## formatting, lint, types
 	$(RUN) -m ruff check .
 	$(RUN) -m pyright
 
-bench: .venv/bench.done  ## benchmarks: run them on an otherwise idle machine
+bench: .venv/bench.done  ## benchmarks in one table and runs/bench.json: on an otherwise idle machine
 	$(RUN) tests/benchmarks/run.py
 
 docs: .venv/dev.done  ## pages of the API from its docstrings, in dist/docs

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from models import load_oracle, oracle_decode, oracle_log_likelihood
-from timing import seconds, show
+from timing import compiled, record, seconds, show
 
 import infsub
 from infsub.types import Target
@@ -110,14 +110,15 @@ def main() -> None:
     key, rows = jax.random.key(0), IMAGES * CHAINS
     z, square = (jax.random.normal(key, shape) for shape in ((rows, WIDTHS[0]), (1500, 1500)))
     square_product = jax.jit(lambda a: jax.lax.fori_loop(0, 100, lambda _, b: a @ b / 40, a))
+    other, fast = "AIS on BlackJAX's HMC", "infsub.ais, densities.bernoulli_logits"
     names = ("infsub.ais", "… its matrix products alone", "100 square products of 1500")
+    likelihoods = {names[0]: log_likelihood, fast: oracle_log_likelihood}
+    programs = {name: compiled(ours, key, xs, params, each) for name, each in likelihoods.items()}
     times = seconds(
         {
             names[0]: lambda: ours(key, xs, params),
-            "AIS on BlackJAX's HMC": lambda: blackjax_ais(key, xs, params),
-            "infsub.ais, densities.bernoulli_logits": lambda: ours(
-                key, xs, params, oracle_log_likelihood
-            ),
+            other: lambda: blackjax_ais(key, xs, params),
+            fast: lambda: ours(key, xs, params, oracle_log_likelihood),
             names[1]: lambda: products(params, z),
             names[2]: lambda: square_product(square),
         },
@@ -133,6 +134,10 @@ def main() -> None:
         f"GFLOP/s: AIS {ais:.0f}, {ais / shaped:.0%} of its products' {shaped:.0f}, "
         f"{ais / peak:.0%} of the square products' {peak:.0f}"
     )
+    rates = {"flop": flop, "peak": 1e9 * peak}
+    for name, program in programs.items():
+        record(name, times[name][0], other, times[other][0], **rates, **program)
+        record(name, times[name][0], "its matrix products alone", times[names[1]][0], **rates)
     small, large = (bytes_needed(t, params, xs[0]) for t in (100, 10_000))
     print(f"temporary memory: {small / 1e6:.2f} MB at T=100, {large / 1e6:.2f} MB at T=10,000")
 

@@ -21,6 +21,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from models import load_oracle, oracle_decode, oracle_encoder, oracle_target
+from timing import record
 
 import infsub
 from infsub import posteriors
@@ -177,6 +178,9 @@ def main() -> None:
             f"{gradients:11.0f}{milliseconds:11.1f}{gap:10.3f} {error:6.3f}",
             flush=True,
         )
+    known = {row.name: milliseconds / 1e3 for row, _, milliseconds, *_ in table}
+    for name, spent in known.items():
+        record(f"log p̂ from {name}", spent, "q, 100 × 10", known["q, 100 × 10"], note="CPU seconds")
     if arguments.figure:
         draw(table, arguments.figure)
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from models import load_oracle, oracle_encoder, oracle_target
+from timing import record
 
 import infsub
 from infsub import local, posteriors
@@ -57,13 +58,18 @@ def measure(name: str, way: str, xs: Any, model: Params) -> str:
         return jax.lax.map(one, (keys, xs), batch_size=BLOCK)
 
     arguments = jax.random.split(jax.random.key(10), len(xs)), xs, model
+    began = time.perf_counter()
     compiled = jax.jit(run).lower(*arguments).compile()
+    began = time.perf_counter() - began
     clock, cpu = time.perf_counter(), time.process_time()
     found = jax.block_until_ready(compiled(*arguments))
     cpu, clock = time.process_time() - cpu, time.perf_counter() - clock
+    label = posteriors.FAMILIES[name].label
+    title = f"L[q*] {label}, {way}, an image"
+    record(title, cpu / len(xs), compile_seconds=began, note="CPU seconds")
     error = jnp.sqrt(jnp.sum(found.elbo.standard_error**2)) / len(xs)
     return (
-        f"{posteriors.FAMILIES[name].label:9}  {way:6}  {len(xs):6}"
+        f"{label:9}  {way:6}  {len(xs):6}"
         f"  {jnp.mean(found.elbo.log_px):8.3f} ± {error:.3f}"
         f"  {jnp.mean(found.num_steps):6.0f}  {jnp.max(found.num_steps):6}"
         f"  {jnp.mean(found.converged):9.0%}  {cpu / len(xs):9.3f}  {clock / len(xs):9.3f}"

@@ -1,7 +1,12 @@
-"""Fair timings: side by side in one process, after warm-up, blocked until ready, medians."""
+"""Fair timings: side by side in one process, after warm-up, blocked until ready, medians.
+
+What a benchmark finds it tells `record` too: run.py joins that of all of them into one table.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -9,6 +14,58 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+RECORDS = "INFSUB_BENCH"  # the file that run.py collects in, by the environment
+
+
+def record(
+    name: str,
+    ours: float,
+    peer: str = "",
+    peer_seconds: float | None = None,
+    *,
+    flop: float | None = None,
+    peak: float | None = None,
+    compile_seconds: float | None = None,
+    memory: float | None = None,
+    note: str = "",
+) -> None:
+    """One row of the table of all benchmarks.
+
+    Args:
+      name: what is timed.
+      ours: its seconds.
+      peer, peer_seconds: what else does the same work, and its seconds.
+      flop: of the work.
+      peak: FLOP/s of this machine's matrix products.
+      compile_seconds: tracing and compiling.
+      memory: bytes.
+      note: what the numbers do not say.
+    """
+    if path := os.environ.get(RECORDS):
+        rate = flop / ours if flop else None
+        row = {
+            "name": name,
+            "seconds": ours,
+            "peer": peer,
+            "peer_seconds": peer_seconds,
+            "ratio": peer_seconds / ours if peer_seconds else None,
+            "flop_per_second": rate,
+            "share_of_peak": rate / peak if rate and peak else None,
+            "compile_seconds": compile_seconds,
+            "memory_bytes": memory,
+            "note": note,
+        }
+        with open(path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def compiled(function: Any, *arguments: Any) -> dict[str, float]:
+    """Seconds to trace and compile a jitted function, before its first call, and bytes it works in."""
+    start = time.perf_counter()
+    program = function.lower(*arguments).compile()
+    spent = time.perf_counter() - start
+    return {"compile_seconds": spent, "memory": program.memory_analysis().temp_size_in_bytes}
 
 
 def seconds(

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from timing import matmul_peak, seconds, show
+from timing import matmul_peak, record, seconds, show
 
 from infsub import config, data, train_step
 from infsub.vae import make_vae
@@ -94,6 +94,9 @@ def main() -> None:
     flop = 2 * BATCH * (3 * weights - WIDTHS[0] * WIDTHS[1])
     peak = matmul_peak()
     share = flop * STEPS / times["infsub"][0] / peak
+    peer = next((name for name in times if name != "infsub"), "")
+    step = {name: median / STEPS for name, (median, _, _) in times.items()}
+    record("training step", step["infsub"], peer, step.get(peer), flop=flop, peak=peak)
     print(
         f"{flop / 1e6:.0f} MFLOP a step: {share:.0%} of the matmul peak, {peak / 1e9:.0f} GFLOP/s"
     )
