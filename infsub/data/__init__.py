@@ -214,6 +214,7 @@ def load_config(section: Any) -> Dataset:
     return load(section.name, section.dir, section.binarisation, section.levels)
 
 
+@jax.jit
 def batch(images: Images, indices: Array, key: Key | None = None) -> Array:
     """The images of the rows `indices`, float32 [B, H, W, C] with values 0 … levels − 1.
 
