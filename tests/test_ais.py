@@ -55,42 +55,29 @@ def start_from(model, x, full):
 
 
 @EXACT
-def test_weights_average_to_px(latent_dim, schedule, full, dtype):
-    """E[w] = p(x) at few temperatures, with the pilot's frozen step sizes."""
+def test_weights_average_to_px_and_reverse_ones_to_its_inverse(latent_dim, schedule, full, dtype):
+    """E[w] = p(x) and E[1/w] = 1/p(x) in reverse, at few temperatures, with the pilot's step sizes."""
 
-    def point(key, x, model):
-        q = start_from(model, x, full)
-        estimate = infsub.ais(key, model.target(x), q, 2, 12, 3, schedule)
-        return jnp.exp(estimate.log_weights - model.log_px(x))
+    def point(key, _, model):
+        def simulated(key):
+            z, x = model.simulate(key)
+            return z, model.target(x), start_from(model, x, full)
 
-    with jax.enable_x64(dtype == "float64"):
-        model = exact_model(latent_dim, dtype)
-        _, xs = simulate(model, 1500 if full else 4000)
-        ratio = infsub.map_datapoints(point, jax.random.key(0), xs, model, block_size=500)
-    assert ratio.dtype == dtype
-    mean, error = mean_and_error(ratio.mean(axis=1))
-    assert error < 0.05
-    assert abs(mean - 1) < 3 * error
-
-
-@EXACT
-def test_reverse_weights_average_to_one_over_px(latent_dim, schedule, full, dtype):
-    def point(key, z_x, model):
-        z, x = z_x
-        q = start_from(model, x, full)
-        estimate = infsub.reverse_ais(key, model.target(x), z, q, 2, 12, 3, schedule)
-        return jnp.exp(model.log_px(x) - estimate.log_weights), estimate.log_px - model.log_px(x)
+        both = infsub.bdmc(key, simulated, 2, 16, 3, schedule)
+        log_px = model.log_px(model.simulate(jax.random.split(key)[0])[1])  # of bdmc's x
+        forward, reverse = both.lower.log_weights - log_px, log_px - both.upper.log_weights
+        return jnp.exp(forward), jnp.exp(reverse), both.upper.log_px - log_px
 
     with jax.enable_x64(dtype == "float64"):
-        model = exact_model(latent_dim, dtype)
-        zs, xs = simulate(model, 1500 if full else 4000)
-        ratio, excess = infsub.map_datapoints(
-            point, jax.random.key(0), (zs, xs), model, block_size=500
+        model, indices = exact_model(latent_dim, dtype), np.arange(1500 if full else 4000)
+        forward, reverse, excess = infsub.map_datapoints(
+            point, jax.random.key(0), indices, model, block_size=500
         )
-    assert ratio.dtype == dtype
-    mean, error = mean_and_error(ratio.mean(axis=1))
-    assert error < 0.05
-    assert abs(mean - 1) < 3 * error
+    for ratio in (forward, reverse):
+        assert ratio.dtype == dtype
+        mean, error = mean_and_error(ratio.mean(axis=1))
+        assert error < 0.05
+        assert abs(mean - 1) < 3 * error
     assert excess.mean() > 0  # an upper bound
 
 
@@ -100,17 +87,23 @@ def test_a_diagonal_factor_is_the_diagonal(num_leapfrog):
     model = linear_gaussian(4, 8)
     z, x = model.simulate(jax.random.key(1))
     target, q = model.target(x), wrong(model.best_gaussian(x))
-    full = Gaussian(q.mean, jnp.diag(q.scale))
-    runs = [
-        infsub.ais_with_info(jax.random.key(0), target, q, 8, 12, num_leapfrog) for q in (q, full)
-    ]
-    np.testing.assert_allclose(runs[1][0].log_weights, runs[0][0].log_weights, rtol=1e-4)
-    np.testing.assert_allclose(runs[1][1].z, runs[0][1].z, rtol=1e-3, atol=1e-3)
-    np.testing.assert_allclose(runs[1][1].acceptance, runs[0][1].acceptance, rtol=1e-3)
-    back = [
-        infsub.reverse_ais(jax.random.key(0), target, z, q, 8, 12, num_leapfrog) for q in (q, full)
-    ]
-    np.testing.assert_allclose(back[1].log_weights, back[0].log_weights, rtol=1e-4)
+    full, sizes = Gaussian(q.mean, jnp.diag(q.scale)), (8, 12, num_leapfrog)
+
+    @jax.jit
+    def both_ways(key):
+        return [
+            (
+                infsub.ais_with_info(key, target, start, *sizes, step_size=0.5),
+                infsub.reverse_ais(key, target, z, start, *sizes, step_size=0.5),
+            )
+            for start in (q, full)
+        ]
+
+    ((one, info), back), ((other, other_info), other_back) = both_ways(jax.random.key(0))
+    np.testing.assert_allclose(other.log_weights, one.log_weights, rtol=1e-4)
+    np.testing.assert_allclose(other_info.z, info.z, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(other_info.acceptance, info.acceptance, rtol=1e-3)
+    np.testing.assert_allclose(other_back.log_weights, back.log_weights, rtol=1e-4)
 
 
 def test_the_exact_posterior_has_nothing_to_anneal():
@@ -205,7 +198,7 @@ def test_frozen_step_sizes_are_used_as_given():
     model = linear_gaussian(3, 6)
     _, xs = simulate(model, 1)
     target, q = model.target(xs[0]), model.best_gaussian(xs[0])
-    step_size = jnp.where(jnp.arange(20) % 3 == 0, 3.0, 0.01)
+    step_size = np.where(np.arange(20) % 3 == 0, 3.0, 0.01)
     _, info = infsub.ais_with_info(jax.random.key(0), target, q, 400, 20, 2, step_size=step_size)
     np.testing.assert_allclose(info.step_sizes, step_size, rtol=1e-6)
     assert np.all(info.acceptance[step_size > 1] < 0.8)
@@ -297,11 +290,12 @@ def test_schedules_increase_from_0_to_1(schedule, num_temperatures):
 
 def test_the_adaptive_schedule_spends_temperatures_where_weights_vary():
     """sd_β(log_ratio) ∝ 1/β (as from a prior): equal distances are a geometric schedule."""
-    pilot = jnp.linspace(0, 1, 200) ** 3
-    betas = schedules.equal_distances(pilot, 1 / (pilot[1:] + 0.01), 50)
+    pilot = np.linspace(0, 1, 200, dtype=np.float32) ** 3
+    distances = jax.jit(schedules.equal_distances, static_argnums=2)
+    betas = distances(pilot, 1 / (pilot[1:] + 0.01), 50)
     want = 0.01 * (101 ** (np.arange(51) / 50) - 1)
     np.testing.assert_allclose(betas, want, atol=0.01)
-    flat = schedules.equal_distances(pilot, jnp.ones(199), 50)
+    flat = distances(pilot, np.ones(199, np.float32), 50)
     np.testing.assert_allclose(flat, np.arange(51) / 50, atol=1e-4)
 
 
