@@ -22,10 +22,9 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
+from infsub import convolutions
 from infsub.flows import ACTIVATIONS
 from infsub.types import Array
-
-KERNEL, STRIDE = 4, 2
 
 INITS: dict[str, Callable[..., Array]] = {  # of weights; biases start at zero
     "xavier_uniform": nn.initializers.xavier_uniform(),
@@ -89,6 +88,38 @@ class MLP(nn.Module):
         return y.reshape(self.output_shape)
 
 
+class Conv(nn.Module):
+    """`convolutions.conv` and a bias: [H, W, C] -> [h, w, features]."""
+
+    features: int
+    kernel_init: Callable[..., Array]
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kernel, bias = _kernel_and_bias(self, x.shape[-1])
+        return convolutions.conv(x, kernel) + bias
+
+
+class ConvTranspose(nn.Module):
+    """`convolutions.conv_transpose` and a bias: [h, w, C] -> [*size, features]."""
+
+    features: int
+    kernel_init: Callable[..., Array]
+    size: tuple[int, int]
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kernel, bias = _kernel_and_bias(self, x.shape[-1])
+        return convolutions.conv_transpose(x, kernel, self.size) + bias
+
+
+def _kernel_and_bias(module: Conv | ConvTranspose, channels: int) -> tuple[Array, Array]:
+    """The parameters of a convolution, by Flax's own names and shapes."""
+    shape = (convolutions.KERNEL, convolutions.KERNEL, channels, module.features)
+    kernel = module.param("kernel", module.kernel_init, shape)
+    return kernel, module.param("bias", nn.initializers.zeros_init(), (module.features,))
+
+
 class ConvEncoder(nn.Module):
     """Convolutions (kernel 4, stride 2, no padding, batch norm, activation), then a dense layer."""
 
@@ -103,7 +134,7 @@ class ConvEncoder(nn.Module):
         h, act, init = x, ACTIVATIONS[self.activation], INITS[self.init_name]
         conv_sizes(min(x.shape[:2]), len(self.channels))  # raises if too small
         for features in self.channels:
-            h = nn.Conv(features, (KERNEL, KERNEL), STRIDE, padding="VALID", kernel_init=init)(h)
+            h = Conv(features, init)(h)
             h = act(_batch_norm(self.axis_name, train)(h))
         return nn.Dense(self.num_outputs, kernel_init=init)(jnp.ravel(h))
 
@@ -130,12 +161,7 @@ class ConvDecoder(nn.Module):
         h = act(nn.Dense(math.prod(start), kernel_init=init)(z)).reshape(start)
         features = (*self.channels[1:], self.output_shape[2])
         for i in range(num_layers):
-            padding = [
-                (KERNEL - 1, KERNEL - 1 + sizes[i + 1] - (STRIDE * (sizes[i] - 1) + KERNEL))
-                for sizes in (heights, widths)
-            ]
-            kernel, strides = (KERNEL, KERNEL), (STRIDE, STRIDE)
-            h = nn.ConvTranspose(features[i], kernel, strides, padding, kernel_init=init)(h)
+            h = ConvTranspose(features[i], init, (heights[i + 1], widths[i + 1]))(h)
             if i < num_layers - 1:
                 h = act(_batch_norm(self.axis_name, train)(h))
         return h
@@ -149,12 +175,12 @@ def conv_sizes(size: int, num_layers: int) -> list[int]:
     """
     sizes = [size]
     for _ in range(num_layers):
-        if sizes[-1] < KERNEL:
+        if sizes[-1] < convolutions.KERNEL:
             raise ValueError(
                 f"hidden has {num_layers} convolutions, too many for an image side of {size}: the "
-                f"sides are {', '.join(map(str, sizes))} and a kernel is {KERNEL} wide"
+                f"sides are {', '.join(map(str, sizes))} and a kernel is {convolutions.KERNEL} wide"
             )
-        sizes.append((sizes[-1] - KERNEL) // STRIDE + 1)
+        sizes.append(convolutions.conv_size(sizes[-1]))
     return sizes
 
 
