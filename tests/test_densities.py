@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -122,6 +123,18 @@ def test_bernoulli_logits_value_and_gradient_at_any_logit():
         np.testing.assert_allclose(gradient, bit - special.expit(logits), atol=1e-7)
     total = jax.jit(densities.bernoulli_logits)(np.float32([1, 0]), np.float32([0.3, 0.3]))
     np.testing.assert_allclose(np.exp(total), 0.574443 * (1 - 0.574443), rtol=1e-5)
+
+
+def test_softplus_is_jaxs_and_its_gradient_takes_no_log():
+    a = jnp.concatenate([jnp.linspace(-90, 90, 181), jnp.asarray([-1e30, 1e30])])
+    np.testing.assert_allclose(densities.softplus(a), jax.nn.softplus(a), rtol=3e-7, atol=2e-7)
+    gradients = {}
+    for name, function in (("ours", densities.softplus), ("jax's", jax.nn.softplus)):
+        gradient = jax.jit(jax.vmap(jax.grad(function)))
+        np.testing.assert_allclose(gradient(a), jax.nn.sigmoid(a), atol=1e-6)
+        gradients[name] = gradient.lower(a).compile().as_text()
+    logs = {name: bool(re.search(r" log(-plus-one)?\(", text)) for name, text in gradients.items()}
+    assert logs == {"ours": False, "jax's": True}
 
 
 @pytest.mark.parametrize("num_levels", [2, 8, 256])
