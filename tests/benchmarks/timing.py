@@ -60,7 +60,7 @@ def record(
             file.write(json.dumps(row) + "\n")
 
 
-def compiled(function: Any, *arguments: Any) -> dict[str, float]:
+def compiled(function: Any, *arguments: Any) -> dict[str, Any]:
     """Seconds to trace and compile a jitted function, before its first call, and bytes it works in."""
     start = time.perf_counter()
     program = function.lower(*arguments).compile()
