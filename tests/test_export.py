@@ -63,8 +63,11 @@ def test_local_inference_is_lowered_for_a_gpu(family):
     lower(jax.jit(found), KEY, X)
 
 
-def test_training_is_lowered_for_a_gpu():
-    settings = config.resolve(tiny.get_config())
+@pytest.mark.parametrize("kind", ["mlp", "conv"])
+def test_training_is_lowered_for_a_gpu(kind):
+    settings = tiny.get_config()
+    settings.model.encoder.kind = settings.model.decoder.kind = kind
+    settings = config.resolve(settings)
     vae = make_vae(settings.model, (28, 28, 1), 2)
     train = data.load("mnist5k").train
     task = train_step.make_task(vae, settings.train, train.size)
