@@ -21,8 +21,8 @@ from infsub.files import duration
 _OURS = {
     # jax keeps what took a second; but what a short run waits for is small programs too.
     "jax_persistent_cache_min_compile_time_secs": 0.0,
-    "jax_compilation_cache_max_size": 2
-    ** 28,  # some thousand programs; the quickstart's 29 take 1.5 MB
+    # Some thousand programs: the quickstart's 29 take 1.5 MB.
+    "jax_compilation_cache_max_size": 2**28,
 }
 
 

@@ -2,8 +2,9 @@
 
 Kernel and stride are both even, so an image is a grid of 2×2 blocks, a pixel's place [2 h + r, 2 w + s],
 and a kernel is 2×2 of them, [2 p + r, 2 q + s]: what reaches from block to block is p, q ∈ {0, 1}. XLA's
-own convolutions take 3 to 5 times as long on a CPU, gradients and loops included (Chellapilla, Puri &
-Simard 2006, "High performance convolutional neural networks for document processing").
+own convolutions take several times as long in the loops of a CPU, as tests/benchmarks/convolutions.py
+shows (Chellapilla, Puri & Simard 2006, "High performance convolutional neural networks for document
+processing").
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import functools
 import itertools
 
 import jax.numpy as jnp
+from jax import lax
 
 from infsub.types import Array
 
@@ -57,8 +59,8 @@ def conv_transpose(x: Array, kernel: Array, size: tuple[int, int]) -> Array:
         [jnp.pad(patches[:, :, p, :, q], ((p, 1 - p), (q, 1 - q), *rest)) for p, q in _NEIGHBOURS],
     )
     y = blocks.transpose(0, 2, 1, 3, 4).reshape(2 * height + 2, 2 * width + 2, features)
-    missing = [(0, max(0, wanted - given)) for wanted, given in zip(size, y.shape, strict=False)]
-    return jnp.pad(y, (*missing, (0, 0)))[: size[0], : size[1]]
+    missing = [(0, wanted - given, 0) for wanted, given in zip(size, y.shape, strict=False)]
+    return lax.pad(y, jnp.zeros((), y.dtype), (*missing, (0, 0, 0)))  # where negative, it is cut
 
 
 def _by_block(kernel: Array) -> Array:

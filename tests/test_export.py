@@ -16,10 +16,16 @@ D = 2
 KEY, X = jax.random.key(0), jnp.ones(5)
 
 
-def lower(function, *arguments):
-    """Makes the program for CUDA, which needs no such device: jax refuses what has no rule there."""
-    exported = jax.export.export(function, platforms=["cuda"])(*arguments)
-    assert exported.platforms == ("cuda",)
+def lowered(function, *arguments):
+    """The program for CUDA, which needs no such device: jax refuses what has no rule there."""
+    return jax.export.export(function, platforms=["cuda"])(*arguments)
+
+
+def assert_is_for_a_gpu(program, result):
+    """It is for CUDA alone, and returns what the function does: the same shapes and types."""
+    assert program.platforms == ("cuda",)
+    wanted = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(result)]
+    assert [(leaf.shape, leaf.dtype) for leaf in program.out_avals] == wanted
 
 
 def target(x):
@@ -51,7 +57,8 @@ ESTIMATORS = {
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_an_estimator_is_lowered_for_a_gpu(name):
-    lower(jax.jit(ESTIMATORS[name]), KEY, X)
+    result = jax.eval_shape(ESTIMATORS[name], KEY, X)
+    assert_is_for_a_gpu(lowered(jax.jit(ESTIMATORS[name]), KEY, X), result)
 
 
 @pytest.mark.parametrize("family", posteriors.FAMILIES)
@@ -60,7 +67,7 @@ def test_local_inference_is_lowered_for_a_gpu(family):
         posterior = posteriors.make(family, D, target=target(x))
         return infsub.optimize_local(key, target(x), posterior, start=infsub.laplace(target(x)))
 
-    lower(jax.jit(found), KEY, X)
+    assert_is_for_a_gpu(lowered(jax.jit(found), KEY, X), jax.eval_shape(found, KEY, X))
 
 
 @pytest.mark.parametrize("kind", ["mlp", "conv"])
@@ -73,14 +80,16 @@ def test_training_is_lowered_for_a_gpu(kind):
     task = train_step.make_task(vae, settings.train, train.size)
     keys, _, variables = train_step.initial(task, np.array([0]))
     states, images = train_step.init_states(task, variables), train_step.unpacked(train.images)
-    lower(train_step.train_chunk, task, keys, states, images, 0, 2)
+    arguments = task, keys, states, images, 0, 2
+    result = train_step.train_chunk.eval_shape(*arguments)
+    assert_is_for_a_gpu(lowered(train_step.train_chunk, *arguments), result)
 
 
 def test_what_a_gpu_cannot_do_is_seen():
     with pytest.raises(NotImplementedError):
-        lower(jax.jit(jax.lax.linalg.schur), jnp.eye(2))
+        lowered(jax.jit(jax.lax.linalg.schur), jnp.eye(2))
     with pytest.raises(ValueError, match="platform"):  # a round trip to the host
-        lower(jax.jit(lambda x: jax.pure_callback(np.sin, x, x)), X)
+        lowered(jax.jit(lambda x: jax.pure_callback(np.sin, x, x)), X)
 
 
 @pytest.mark.parametrize(("backend", "level"), [("cpu", 1), ("gpu", None)])

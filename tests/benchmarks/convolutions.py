@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -44,11 +45,8 @@ def steps(conv_transpose: Any, module: Any, in_weights: bool) -> Any:
         return lax.fori_loop(0, STEPS, step, variables if in_weights else zs)
 
     def traced(*arguments: Any) -> Any:
-        ours, convolutions.conv_transpose = convolutions.conv_transpose, conv_transpose
-        try:
+        with mock.patch.object(convolutions, "conv_transpose", conv_transpose):
             return run(*arguments)
-        finally:
-            convolutions.conv_transpose = ours
 
     return jax.jit(traced)
 
