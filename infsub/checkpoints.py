@@ -3,12 +3,14 @@
 A checkpoint is a flat dict of arrays, {"variables/encoder/params/…": …}, with the identity of the run
 it is of and a SHA-256 of them all: nothing of it is code. Of processes that train together each has the
 whole state, so the first one writes it: the files do not tell how many there were, and any number of
-processes goes on from them.
+processes goes on from them. `weights.npz` is a checkpoint of the best weights alone, float32 under plain
+names, in a run that is published, or measured and not trained here.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import shutil
 from pathlib import Path
@@ -22,7 +24,8 @@ from infsub import records
 from infsub.types import UserError
 from infsub.vae import Variables, make_vae
 
-_CHECKSUM, _IDENTITY = "sha256", "identity"
+_CHECKSUM, _IDENTITY, _STEP = "sha256", "identity", "step"
+WEIGHTS = "weights.npz"
 
 
 class Checkpoints:
@@ -106,7 +109,7 @@ def steps(directory: Path) -> list[int]:
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of the checkpoint at `path` by name, their checksum verified.
+    """The arrays of the checkpoint at `path`, or of a file of weights, by name, their checksum verified.
 
     Raises:
       Damaged: it cannot be read, or its arrays are not those that were written.
@@ -114,9 +117,13 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     import orbax.checkpoint as ocp
 
     try:
-        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())
-        with ocp.Checkpointer(handler, multiprocessing_options=_alone()) as reader:
-            arrays = reader.restore(path.absolute())
+        if path.name == WEIGHTS:
+            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
+                arrays = dict(file)
+        else:
+            handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())
+            with ocp.Checkpointer(handler, multiprocessing_options=_alone()) as reader:
+                arrays = reader.restore(path.absolute())
         whole = np.array_equal(arrays.pop(_CHECKSUM), _checksum(arrays))
     except Exception as error:  # a truncated file ends in any of a dozen errors of tensorstore's
         reason = str(error).partition("\n")[0][:120]
@@ -154,7 +161,7 @@ def load_variables(workdir: str | Path, which: str = "best") -> tuple[Variables,
     """The VAE's variables, numpy arrays, and the step they were saved at.
 
     Args:
-      workdir: of a run of one seed.
+      workdir: of a run of one seed, or a published one, which has the best weights alone.
       which: "best" on validation data, "last", or "epoch_<n>", one that train.keep_every kept.
 
     Raises:
@@ -164,8 +171,8 @@ def load_variables(workdir: str | Path, which: str = "best") -> tuple[Variables,
     if (num_seeds := config.train.num_seeds) > 1:
         raise UserError(f"{workdir} holds {num_seeds} runs: give one, such as {workdir}/seed_0.")
     directory = Path(workdir) / "checkpoints"
-    present = steps(directory)
-    if not present:
+    present, published = steps(directory), Path(workdir) / WEIGHTS
+    if not present and not published.exists():
         raise UserError(f"{workdir} has no checkpoint yet: run it with --mode=train first.")
     try:
         vae = make_vae(config.model, run["image_shape"], run["levels"])
@@ -174,6 +181,8 @@ def load_variables(workdir: str | Path, which: str = "best") -> tuple[Variables,
         raise UserError(
             f"{Path(workdir) / 'config.json'}: config.model cannot be built: {error}"
         ) from error
+    if not present:
+        return _read_weights(published, variables, run["identity"], which)
     step, name = present[-1], "best" if which == "best" else "variables"
     if which.startswith("epoch_") and which[6:].isdecimal():
         step = int(which[6:]) * run["steps_per_epoch"]
@@ -188,6 +197,29 @@ def load_variables(workdir: str | Path, which: str = "best") -> tuple[Variables,
     except Damaged as error:
         raise UserError(f"{error}; the training command run again makes it anew.") from error
     return tree[name], int(tree["progress"]["best_step"]) if which == "best" else step
+
+
+def weights(variables: Variables, step: int, identity: str) -> dict[str, np.ndarray]:
+    """What `weights.npz` holds: the variables, float32, under names as encoder/params/Dense_0/kernel.
+
+    With them the step they are of, the identity of their run, and the SHA-256 of it all.
+    """
+    arrays = {n: np.asarray(a, np.float32) for n, a in _flatten(variables).items() if a.size}
+    arrays |= {_STEP: np.asarray(step), _IDENTITY: np.frombuffer(identity.encode(), np.uint8)}
+    return arrays | {_CHECKSUM: _checksum(arrays)}
+
+
+def _read_weights(path: Path, variables: Any, identity: str, which: str) -> tuple[Variables, int]:
+    if which != "best":
+        raise UserError(
+            f"{path} has the best weights alone: give config.evaluate.checkpoint=best, not {which}."
+        )
+    try:
+        tree = read(path, variables | {_STEP: np.zeros((), np.int64)}, identity)
+    except Damaged as error:
+        raise UserError(f"{error}; take the published file again.") from error
+    step = int(tree.pop(_STEP))
+    return tree, step
 
 
 def _alone() -> Any:

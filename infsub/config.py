@@ -133,7 +133,7 @@ FIELDS = {
     ),
     "model.checkpoint": Field("", "what build is called with, such as a path"),
     "model.posterior.name": Field("gaussian", "the encoder's family", one_of(*FAMILIES)),
-    "init_from": Field("", "a run's workdir: start from its weights"),
+    "init_from": Field("", "a run's workdir, or a published one: start from its weights"),
     "init_parts": Field("all", "what to take from it", one_of("all", "decoder")),
     "train.num_epochs": Field(100, "passes over the training data", POSITIVE),
     "train.batch_size": Field(100, "datapoints a step", POSITIVE),

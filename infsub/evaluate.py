@@ -40,6 +40,7 @@ from infsub.vae import VAE, Variables, make_vae
 
 _NUM_DRAWN = 6  # datapoints whose posteriors are drawn
 _ACTIVITY = "evaluation"  # of the lock
+_WEIGHTS = "weights"  # in evaluation.json: a hash of what was measured
 
 
 def evaluate(
@@ -176,7 +177,7 @@ def _ours(config: configs.Config, workdir: Path, run: dict[str, Any], root: Key)
     variables, step = checkpoints.load_variables(workdir, settings.checkpoint)
     variables = jax.device_put(variables)
     vae = make_vae(config.model, dataset.image_shape, dataset.levels)
-    facts: dict[str, Any] = {"step": step}
+    facts: dict[str, Any] = {"step": step, _WEIGHTS: imported.digest(variables)}
     if settings.split == "model":
         number = settings.first or 10 * settings.per_class
         split = simulate(stream(root, Stream.IMAGES), vae, variables, number)
@@ -312,7 +313,8 @@ def _claim(
     before = files.read_json(folder / "evaluation.json")
     if before is not None:
         before.pop(records.NUM_POINTS, None)
-        before = _used(configs.default().evaluate) | before  # with what was added since
+        added = {_WEIGHTS: facts[_WEIGHTS]} if _WEIGHTS in facts else {}
+        before = _used(configs.default().evaluate) | added | before  # with what was added since
     if before is not None and before != used and shards.read(folder, "rows"):
         raise UserError(
             f"{folder / 'rows.jsonl'} was made with other settings: "
@@ -326,6 +328,7 @@ def _claim(
         for path in (*left, *shards.paths(folder, "bdmc")):
             path.unlink(missing_ok=True)
     run |= {"config": run["config"] | {"evaluate": settings.to_dict()}}
+    run |= records.made_by() if settings.name else {}  # else the file is the training's too
     files.write_json(folder / "config.json", run)
     files.write_json(folder / "evaluation.json", used | {records.NUM_POINTS: num_points})
     return folder

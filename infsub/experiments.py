@@ -323,14 +323,14 @@ def status(workdir: Path) -> str:
     lines = []
     for path in sorted(workdir.glob("*/cells.json")):
         lines.append(path.parent.name)
-        for name, cell in _read_cells(path).items():
+        for name, cell in read_cells(path).items():
             rows = shards.read(workdir / cell["run"] / cell["evaluation"], "rows")
             text = f"{cell['state']}, {len(rows)} datapoints evaluated, {cell['run']}"
             lines.append(f"  {name:<32}{text}")
     return "\n".join(lines)
 
 
-def _read_cells(path: Path) -> dict[str, dict[str, str]]:
+def read_cells(path: Path) -> dict[str, dict[str, str]]:
     """What cells.json says of each cell, {} where there is none; its folders stay in the workdir."""
     cells = files.read_json(path) or {}
     for name, cell in cells.items():
@@ -394,7 +394,7 @@ def _write_summary(
 ) -> set[str]:
     from infsub import report
 
-    before = _read_cells(folder / "cells.json")
+    before = read_cells(folder / "cells.json")
     failed = {  # in another shard, which tells us by its file
         cell.name: before[cell.name]["state"]
         for cell in cells
@@ -413,6 +413,7 @@ def _write_summary(
             "state": wrong.get(cell.name) or ("done" if cell.name in ended else "to do"),
             "run": str(cell.folder.relative_to(folder.parent)),
             "evaluation": cell.config.evaluate.name,
+            "scale": config.scale,
         }
         for cell in cells
     }

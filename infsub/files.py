@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import gzip
 import io
 import json
 import os
@@ -196,18 +197,22 @@ def read_rows(path: Path, needed: Kinds = MappingProxyType({})) -> list[dict[str
     """The rows of a JSON-lines file, none where there is no file; a last line torn by a kill is left out.
 
     Args:
-      path: of the file.
+      path: of the file; one whose name ends in .gz is unpacked.
       needed: fields that each row must have, with their kind.
 
     Raises:
       UserError: it cannot be read, or another line is no row: which, and what to do.
     """
     try:
-        lines = path.read_bytes().decode(errors="replace").split("\n")
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+        lines = content.decode(errors="replace").split("\n")
     except FileNotFoundError:
         return []
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): mend or remove it.") from error
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read ({reason}): mend or remove it.") from error
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -249,9 +254,14 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def write_npz(path: Path, arrays: Mapping[str, Any]) -> None:
     """Arrays by name as a compressed npz file; of numbers and strings, so no reader needs pickle."""
+    write_bytes(path, npz_bytes(arrays))
+
+
+def npz_bytes(arrays: Mapping[str, Any]) -> bytes:
+    """What `write_npz` writes: the same arrays are the same bytes."""
     content = io.BytesIO()
     np.savez_compressed(content, **arrays)
-    write_bytes(path, content.getvalue())
+    return content.getvalue()
 
 
 def read_npz(path: Path, *layouts: Mapping[str, str]) -> dict[str, np.ndarray]:

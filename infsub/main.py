@@ -206,12 +206,15 @@ def run(
     from infsub import (  # jax and flax: not for a mistake, nor for --help
         evaluate,
         imported,
+        published,
         report,
         train,
     )
 
     if config.model.imported and mode != "report":
         imported.claim(config, workdir, mode)
+    elif mode == "evaluate" and config.init_from and not (workdir / "config.json").exists():
+        published.claim(config, workdir)
     elif mode in ("run", "train"):
         with processes.joined(team):
             train.train(config, workdir, 0.0 if team or shard == shards.WHOLE else math.inf)

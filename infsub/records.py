@@ -6,6 +6,7 @@ writes the same bytes; speed and time left are in `progress.json`.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -294,10 +295,13 @@ def claim(
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         identity = configs.identity(config, data_identity, init_identity)
+        by = made_by()
         if (workdir / "config.json").exists():
             run = read_run(workdir, "identified", "identity")
             check_same(run, workdir, identified)
             identity = run["identity"]  # an older revision's stays, for its checkpoints carry it
+            if (workdir / "summary.json").exists():  # trained, by what it says
+                by = {name: run[name] for name in by if name in run}
         elif found := [name for name in TRACES if (workdir / name).exists()]:
             raise UserError(
                 f"{workdir} has {found[0]} and no config.json, so it is unknown which run it is of: "
@@ -310,8 +314,7 @@ def claim(
             "config": configs.to_json(config),
             "identity": identity,
             "identified": identified,
-            "versions": versions(),
-            "git_revision": git_revision(),
+            **by,
         }
         files.write_json(workdir / "config.json", facts)
     except OSError as error:
@@ -320,6 +323,11 @@ def claim(
         raise UserError(
             f"--workdir={workdir} cannot be written to ({error.strerror}): give another one."
         ) from error
+
+
+def made_by() -> dict[str, Any]:
+    """What a file says of the code and the machine that made its numbers."""
+    return {"versions": versions(), "git_revision": git_revision(), "machine": machine()}
 
 
 def versions() -> dict[str, str]:
@@ -331,6 +339,20 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "unknown"
     return found
+
+
+def machine() -> str:
+    """The processor and its cores, or the accelerators: what took the time, not whose it is."""
+    import jax
+
+    devices = jax.local_devices()
+    if devices[0].platform != "cpu":
+        return f"{len(devices)} {devices[0].device_kind}"
+    lines = []
+    with contextlib.suppress(OSError):  # not Linux
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{os.cpu_count()} cores of {names[0] if names else platform.machine()}"
 
 
 def git_revision() -> str:

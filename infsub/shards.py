@@ -2,7 +2,8 @@
 
 Shard i of n takes every n-th item from the i-th on, into rows of its own, rows.shard-i-of-n.jsonl
 beside rows.jsonl. Which items those are depends on i and n alone, never on a block size, so shards run
-on machines of any kind, in any order. Whoever reads takes the rows of all files, each index once.
+on machines of any kind, in any order. Whoever reads takes the rows of all files, each index once; of
+published evaluations they are rows.jsonl.gz.
 """
 
 from __future__ import annotations
@@ -99,10 +100,11 @@ def path_of(folder: Path, stem: str, shard: Shard) -> Path:
 
 
 def paths(folder: Path, stem: str) -> list[Path]:
-    """The files of rows that there are, those of shards first."""
+    """The files of rows that there are: of a published evaluation, of shards, and of the whole."""
     found = [path for path in folder.glob(f"{stem}.shard-*.jsonl") if _FILE.fullmatch(path.name)]
     whole = path_of(folder, stem, WHOLE)
-    return [*sorted(found), *([whole] if whole.exists() else [])]
+    published = whole.with_name(f"{whole.name}.gz")
+    return [path for path in (published, *sorted(found), whole) if path.exists()]
 
 
 def read(folder: Path, stem: str, without: Path | None = None) -> list[dict[str, Any]]:

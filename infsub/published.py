@@ -1,0 +1,267 @@
+"""Published models: a workdir of experiments, small enough to be committed, and measured again by anybody.
+
+  python -m infsub.published --workdir=runs/paper --out=configs/paper/results --weights=RUN,RUN
+
+copies of every cell that is done its rows, packed, what says how they were made, and of the runs named
+the best weights. The folder mirrors the workdir, so that all that reads one reads the other:
+
+  OUT/runs/<run>/                config.json, summary.json, weights.npz of the runs that were named
+  OUT/runs/<run>/<evaluation>/   config.json, evaluation.json, done.json, rows.jsonl.gz, bdmc.jsonl.gz
+  OUT/<experiment>/published.json   {cell: {scale: {seed: ENTRY}}}; packing again adds to it
+
+Of an ENTRY the first two name folders, in OUT/runs; hours are None where they are not known.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from infsub import checkpoints, experiments, files, imported, records, shards
+from infsub import config as configs
+from infsub.types import UserError
+
+FOLDER = Path("configs/paper/results")
+MAX_WEIGHTS = 12e6  # bytes of all weights together
+ENTRY: dict[str, type] = {
+    "run": str,
+    "evaluation": str,
+    "points": int,
+    "epochs": int,
+    "date": str,
+    "machine": str,
+    "revision": str,
+    "hours": float,
+}
+
+
+class Published(NamedTuple):
+    """One evaluation of a published model, as a cell of an experiment.
+
+    Attributes:
+      folder: of its rows.
+      facts: as ENTRY: points, epochs, date, machine, revision of infsub, hours of training.
+    """
+
+    experiment: str
+    cell: str
+    scale: str
+    seed: int
+    folder: Path
+    facts: dict[str, Any]
+
+
+def read(out: Path) -> list[Published]:
+    """All that is published in a folder, in the order of experiments' names, cells, scales and seeds.
+
+    Raises:
+      UserError: a published.json is not as `pack` writes it.
+    """
+    found = []
+    for path in sorted(out.glob("*/published.json")):
+        for cell, scale, seed, facts in _entries(path):
+            folder = out / "runs" / facts["run"] / facts["evaluation"]
+            found.append(Published(path.parent.name, cell, scale, int(seed), folder, facts))
+    return found
+
+
+def _entries(path: Path) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
+    for cell, scales in (files.read_json(path) or {}).items():
+        for scale, seeds in scales.items():
+            for seed, facts in seeds.items():
+                if wrong := files.wrong_fields(facts, ENTRY):
+                    raise UserError(f"{path} is not as infsub writes it ({cell}: {wrong}).")
+                yield cell, scale, seed, facts
+
+
+def config(run: str, folder: Path = FOLDER) -> configs.Config:
+    """The config that measures a published model anew, with init_from where its weights lie.
+
+    Args:
+      run: of `folder`/runs; RUN/EVALUATION has the settings of that evaluation.
+      folder: of what is published.
+
+    Raises:
+      UserError: there are no such weights: which there are.
+    """
+    source = folder / "runs" / run.partition("/")[0]
+    if not run or not (source / checkpoints.WEIGHTS).exists():
+        known = sorted(path.parent.name for path in folder.glob(f"runs/*/{checkpoints.WEIGHTS}"))
+        raise UserError(
+            f"{source} has no {checkpoints.WEIGHTS}; published are {', '.join(known) or 'none'}."
+        )
+    found = records.read_config(folder / "runs" / run).copy_and_resolve_references().unlock()
+    found.init_from, found.evaluate.name = str(source), ""
+    return found.lock()
+
+
+def claim(config: configs.Config, workdir: Path) -> None:
+    """Makes `workdir` a copy of the run config.init_from, published or not, with its best weights.
+
+    It is that run, identity and all: nothing is trained, and what is measured is measured of it.
+
+    Raises:
+      UserError: there are no weights, or they are another config's; nothing is written then.
+    """
+    source = Path(config.init_from)
+    run = records.read_run(source)
+    before = configs.completed(run["identified"])
+    data, initial = before["data identity"], before["initial weights"]
+    if differing := configs.differences(before, configs.identified(config, data, initial)):
+        raise UserError(
+            f"config.init_from={source} holds the weights of another config: {'; '.join(differing)}. "
+            "Give the config that it was made with; configs/published.py has those that are published."
+        )
+    arrays = checkpoints.weights(*checkpoints.load_variables(source), run["identity"])
+    workdir.mkdir(parents=True, exist_ok=True)
+    files.write_npz(workdir / checkpoints.WEIGHTS, arrays)
+    files.write_json(workdir / "config.json", run | {"config": configs.to_json(config)})
+
+
+def pack(workdir: Path, out: Path, weights: Sequence[str] = ()) -> list[str]:
+    """Publishes the cells of a workdir that are done; the names of the runs that they are of.
+
+    Args:
+      workdir: of experiments.
+      out: the folder of what is published; what is in it of other runs stays.
+      weights: runs whose weights are published too.
+
+    Raises:
+      UserError: no such run, weights that are too large together, cells.json of an older infsub, or
+        files that are not a run's. Nothing is written then.
+    """
+    contents: dict[Path, bytes] = {}
+    tables = {}
+    for path in sorted(workdir.glob("*/cells.json")):
+        table = files.read_json(out / path.parent.name / "published.json") or {}
+        for name, cell in experiments.read_cells(path).items():
+            source = workdir / cell["run"] / cell["evaluation"]
+            if not (source / "done.json").exists():
+                continue
+            if not isinstance(cell.get("scale"), str):
+                raise UserError(f"{path} does not say its scale: give --mode=report once more.")
+            run, (seed, facts) = Path(cell["run"]).name, _facts(source.parent, source)
+            contents |= _evaluation(source, out / "runs" / run / source.name)
+            contents |= _run(source.parent, out / "runs" / run)
+            entry = {"run": run, "evaluation": source.name} | facts
+            table.setdefault(name, {}).setdefault(cell["scale"], {})[str(seed)] = entry
+        tables[out / path.parent.name / "published.json"] = _json(table)
+    runs = sorted({path.parent.name for path in contents if path.name == "summary.json"})
+    if unknown := sorted(set(weights) - set(runs)):
+        raise UserError(f"--weights names {', '.join(unknown)}; done are {', '.join(runs)}.")
+    for name in weights:
+        source = workdir / "runs" / name
+        variables, step = checkpoints.load_variables(source)
+        arrays = checkpoints.weights(variables, step, records.read_run(source)["identity"])
+        contents[out / "runs" / name / checkpoints.WEIGHTS] = files.npz_bytes(arrays)
+    sizes = {path: path.stat().st_size for path in out.glob(f"runs/*/{checkpoints.WEIGHTS}")}
+    sizes |= {path: len(c) for path, c in contents.items() if path.name == checkpoints.WEIGHTS}
+    if sum(sizes.values()) > MAX_WEIGHTS:
+        raise UserError(
+            f"all weights together are {sum(sizes.values()) / 1e6:.1f} MB, and may be "
+            f"{MAX_WEIGHTS / 1e6:g}: name fewer runs, or remove some of {out}."
+        )
+    for path, content in (contents | tables).items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_bytes(path, content)
+    return runs
+
+
+def _facts(run: Path, evaluation: Path) -> tuple[int, dict[str, Any]]:
+    """The seed, and of an ENTRY what is not a folder."""
+    document = records.read_run(evaluation)
+    progress = files.read_json(run / "progress.json") or {}
+    seconds = [progress.get(f"seconds_{part}") for part in ("tracing", "compiling", "running")]
+    measured = files.read_json(evaluation / "progress.evaluation.json", records.PROGRESS) or {}
+    known = all(isinstance(value, int | float) for value in seconds)
+    settings, when = document["config"], measured.get("time")
+    return settings["seed"], {
+        "points": len(shards.read(evaluation, "rows")),
+        "epochs": settings["train"]["num_epochs"],
+        "date": time.strftime("%Y-%m-%d", time.gmtime(when)) if when else "",
+        "machine": document.get("machine") or records.machine(),
+        "revision": document.get("git_revision", ""),
+        # Of the process that ended the training: of one that was stopped meanwhile not all.
+        "hours": round(sum(map(float, seconds)) / 3600, 3) if known else None,  # pyright: ignore
+    }
+
+
+def _run(source: Path, target: Path) -> dict[Path, bytes]:
+    summary = files.read_json(source / "summary.json", records.SUMMARY)
+    if summary is None:
+        raise UserError(f"{source} is not trained to its end: run its experiment again.")
+    document = _without_paths(records.read_run(source))
+    return {target / "config.json": _json(document), target / "summary.json": _json(summary)}
+
+
+def _evaluation(source: Path, target: Path) -> dict[Path, bytes]:
+    if lacking := records.missing(source):
+        raise UserError(f"{source} is not evaluated to its end ({lacking}).")
+    document = records.read_run(source)
+    evaluation: dict[str, Any] = files.read_json(source / "evaluation.json") or {}
+    if "weights" not in evaluation:  # of an older infsub
+        which = document["config"]["evaluate"]["checkpoint"]
+        variables, step = checkpoints.load_variables(source.parent, which)
+        same = step == evaluation.get("step")
+        evaluation |= {"weights": imported.digest(variables)} if same else {}
+    contents = {
+        target / "config.json": _json(_without_paths(document)),
+        target / "evaluation.json": _json(evaluation),
+        target / "done.json": _json(files.read_json(source / "done.json")),
+    }
+    for stem in ("rows", "bdmc"):
+        if rows := shards.read(source, stem):
+            lines = "".join(json.dumps(files.finite(row)) + "\n" for row in rows)
+            contents[target / f"{stem}.jsonl.gz"] = gzip.compress(lines.encode(), 9, mtime=0)
+    if arrays := files.read_npz(source / records.POSTERIORS, records.DENSITIES):
+        for name in ("images", "truth", "densities"):  # for a picture
+            arrays[name] = arrays[name].astype(np.float16)
+        contents[target / records.POSTERIORS] = files.npz_bytes(arrays)
+    return contents
+
+
+def _without_paths(document: dict[str, Any]) -> dict[str, Any]:
+    """A config.json that says nothing of the machine's folders."""
+    settings = document["config"]
+    source = settings["init_from"] and f"runs/{Path(settings['init_from']).name}"
+    return document | {
+        "config": settings | {"data": settings["data"] | {"dir": ""}, "init_from": source}
+    }
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m infsub.published`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m infsub.published",
+        description="Packs the experiments of a workdir to publish them.",
+    )
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="of experiments")
+    parser.add_argument("--out", default=FOLDER, metavar="DIR", help=f"default: {FOLDER}")
+    parser.add_argument(
+        "--weights", default="", metavar="RUN,RUN", help="folders of runs/ whose weights go along"
+    )
+    given = parser.parse_args(arguments)
+    try:
+        chosen = [name for name in given.weights.split(",") if name]
+        runs = pack(Path(given.workdir), Path(given.out), chosen)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"Published {len(runs)} runs in {given.out}; make results draws its page.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

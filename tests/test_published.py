@@ -1,0 +1,198 @@
+"""What is published of a workdir is what was measured, and is measured again from its weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from infsub import checkpoints, evaluate, experiments, files, main, published, records, shards
+from infsub import config as configs
+from infsub.report.runs import load_run
+from infsub.types import UserError
+
+TINY = {
+    "model.latent_dim": 2,
+    "model.encoder.hidden": (8,),
+    "model.decoder.hidden": (8,),
+    "train.batch_size": 250,
+    "evaluate.bdmc.num_points": 2,
+}
+FROZEN = {"init_from": "@a", "init_parts": "decoder", "train.freeze": "decoder"}
+CELLS = {
+    "a": {"evaluate.grid": 40},
+    "user": FROZEN | {"model.posterior.name": "planar"},
+}
+
+
+def an_experiment():
+    config = experiments.experiment("e", "Why?", CELLS, shared=TINY).unlock()
+    config.scale = "smoke"
+    return config.lock()
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("published") / "paper"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "_NUM_DRAWN", 2)
+        assert experiments.run(an_experiment(), workdir) == 0
+    return workdir
+
+
+def runs_of(workdir):
+    cells = experiments.read_cells(workdir / "e/cells.json")
+    return {name: Path(cell["run"]).name for name, cell in cells.items()}
+
+
+@pytest.fixture(scope="module")
+def out(workdir):
+    out = workdir.parent / "results"
+    published.pack(workdir, out, [runs_of(workdir)["a"], runs_of(workdir)["user"]])
+    return out
+
+
+def test_it_mirrors_the_workdir(workdir, out):
+    found = published.read(out)
+    assert [(p.experiment, p.cell, p.scale, p.seed) for p in found] == [
+        ("e", cell, "smoke", 0) for cell in sorted(CELLS)
+    ]
+    for cell in found:
+        assert cell.facts["points"] == 4
+        assert cell.facts["epochs"] == 2
+        assert cell.facts["date"].startswith("20")
+        assert cell.facts["machine"]
+        assert 0 < cell.facts["hours"] < 1
+        original = workdir / cell.folder.relative_to(out)
+        for stem in ("rows", "bdmc"):
+            assert shards.read(cell.folder, stem) == shards.read(original, stem)
+        ours, theirs = load_run(str(cell.folder)), load_run(str(original))
+        assert ours.lines.keys() == theirs.lines.keys()
+        assert [line.mean for line in ours.lines.values()] == [
+            line.mean for line in theirs.lines.values()
+        ]
+        assert not ours.missing
+    densities = files.read_npz(found[0].folder / records.POSTERIORS, records.DENSITIES)
+    assert densities["truth"].dtype == np.float16
+
+
+def test_it_says_nothing_of_the_machines_folders(workdir, out):
+    for path in out.rglob("*.json"):
+        assert str(workdir.parent) not in path.read_text(), path
+    (user,) = (cell for cell in published.read(out) if cell.cell == "user")
+    document = json.loads((user.folder / "config.json").read_text())
+    assert document["config"]["init_from"] == f"runs/{runs_of(workdir)['a']}"
+    assert (out / document["config"]["init_from"] / "config.json").exists()
+
+
+def test_packed_again_it_is_the_same_to_the_byte(workdir, out):
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    published.pack(workdir, out)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_other_seeds_and_scales_are_added(workdir, out, tmp_path):
+    here, there = tmp_path / "paper", shutil.copytree(out, tmp_path / "results")
+    shutil.copytree(workdir, here)
+    for path in here.rglob("config.json"):
+        text = path.read_text()
+        path.write_text(text.replace('"seed": 0', '"seed": 3'))
+    cells = here / "e/cells.json"
+    cells.write_text(cells.read_text().replace('"smoke"', '"small"'))
+    published.pack(here, there)
+    assert {(p.scale, p.seed) for p in published.read(there)} == {("smoke", 0), ("small", 3)}
+
+
+@pytest.mark.parametrize("cell", ["a", "user"])
+def test_measured_again_from_its_weights_it_is_the_same(workdir, out, tmp_path, cell):
+    """Rows and certificate, bit for bit, of a run that was never trained here."""
+    (entry,) = (p for p in published.read(out) if p.cell == cell)
+    run = f"{entry.facts['run']}/{entry.facts['evaluation']}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "_NUM_DRAWN", 2)
+        main.run("evaluate", published.config(run, out), tmp_path / "again")
+        main.run("evaluate", published.config(run, out), tmp_path / "again")  # it is done
+    for stem in ("rows", "bdmc"):
+        assert shards.read(tmp_path / "again", stem) == shards.read(entry.folder, stem)
+    again, before = (
+        files.read_json(folder / "evaluation.json") or {}
+        for folder in (tmp_path / "again", entry.folder)
+    )
+    assert again == before
+    assert len(before["weights"]) == 16
+    main.run("report", published.config(run, out), tmp_path / "again")
+
+
+def test_other_weights_are_not_mixed_with_these_rows(workdir, out, tmp_path):
+    """Nor a run's with another's: the rows say which weights they are of."""
+    name = runs_of(workdir)["a"]
+    config = published.config(name, out)
+    main.run("evaluate", config, tmp_path / "again")
+    path = tmp_path / "again" / checkpoints.WEIGHTS
+    variables, step = checkpoints.load_variables(tmp_path / "again")
+    variables["decoder"]["params"]["Dense_0"]["bias"] += 1
+    identity = json.loads((tmp_path / "again/config.json").read_text())["identity"]
+    files.write_npz(path, checkpoints.weights(variables, step, identity))
+    with pytest.raises(UserError, match=r"weights was '.*' and is '"):
+        main.run("evaluate", config, tmp_path / "again")
+
+
+def test_a_copy_is_a_workdir_in_which_all_is_done(workdir, out, tmp_path):
+    copy = shutil.copytree(out, tmp_path / "paper")
+    assert experiments.run(an_experiment(), copy) == 0
+    assert not list(copy.glob("runs/*/checkpoints"))
+    assert (copy / "e/table.csv").read_text() == (workdir / "e/table.csv").read_text()
+
+
+def test_weights_are_plain(workdir, out):
+    with np.load(out / "runs" / runs_of(workdir)["a"] / checkpoints.WEIGHTS) as arrays:
+        assert arrays["encoder/params/Dense_0/kernel"].shape == (784, 8)
+        assert arrays["encoder/params/Dense_0/kernel"].dtype == np.float32
+
+
+def test_mistakes_are_told_in_a_sentence(workdir, out, tmp_path):
+    name, test = runs_of(workdir)["a"], tmp_path / "run"
+    with pytest.raises(UserError, match=rf"no has no weights\.npz; published are {name}, "):
+        published.config("no", out)
+    config = published.config(name, out).unlock()
+    config.init_from = str(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="nowhere holds no run"):
+        main.run("evaluate", config, test)
+    config.init_from, config.model.encoder.hidden = str(out / "runs" / name), (9,)
+    with pytest.raises(UserError, match=r"another config: model.encoder.hidden was \[8\] and is"):
+        main.run("evaluate", config, test)
+    config = published.config(name, out).unlock()
+    config.evaluate.checkpoint = "last"
+    with pytest.raises(UserError, match=r"best weights alone: give config\.evaluate\.check"):
+        main.run("evaluate", config, tmp_path / "last")
+    damaged = shutil.copytree(out / "runs" / name, tmp_path / "damaged")
+    content = (damaged / checkpoints.WEIGHTS).read_bytes()
+    (damaged / checkpoints.WEIGHTS).write_bytes(content[: len(content) // 2])
+    config.init_from = str(damaged)
+    with pytest.raises(UserError, match=r"cannot be read .*; take the published file again"):
+        main.run("evaluate", config, test)
+    assert not test.exists()
+
+
+def test_what_cannot_be_published_is_not(workdir, out, tmp_path, monkeypatch, capsys):
+    name = runs_of(workdir)["a"]
+    arguments = [f"--workdir={workdir}", f"--out={tmp_path / 'out'}"]
+    assert published.main([*arguments, "--weights=no"]) == 2
+    assert f"--weights names no; done are {name}" in capsys.readouterr().err
+    monkeypatch.setattr(published, "MAX_WEIGHTS", 100)
+    assert published.main([*arguments, f"--weights={name}"]) == 2
+    assert "MB, and may be 0.0001: name fewer runs" in capsys.readouterr().err
+    copy = shutil.copytree(workdir, tmp_path / "paper")
+    cells = json.loads((copy / "e/cells.json").read_text())
+    del cells["a"]["scale"]
+    (copy / "e/cells.json").write_text(json.dumps(cells))
+    assert published.main([f"--workdir={copy}", f"--out={tmp_path / 'out'}"]) == 2
+    assert "does not say its scale: give --mode=report once more" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_configs_of_runs_are_complete(workdir, out):
+    configs.resolve(published.config(runs_of(workdir)["user"], out))
