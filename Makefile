@@ -43,6 +43,9 @@ docs: .venv/dev.done  ## pages of the API from its docstrings, in dist/docs
 faults: .venv/dev.done  ## kills in every phase and shard, and concurrent starts, with their figures
 	$(RUN) tests/faults.py
 
+results: .venv/plots.done  ## configs/paper/results/README.md and its figures, from the committed rows
+	$(RUN) configs/paper/results/make.py
+
 wheel: .venv/bin/uv  ## build the wheel, install it alone, and import it
 	.venv/bin/uv build --quiet --wheel --out-dir dist
 	.venv/bin/uv run --quiet --isolated --no-project --with dist/*.whl \
@@ -68,4 +71,4 @@ wheel: .venv/bin/uv  ## build the wheel, install it alone, and import it
 clean:  ## everything that can be made again, except runs/
 	rm -rf .venv dist .pytest_cache .ruff_cache
 
-.PHONY: quickstart test test-slow test-thorough test-lowest lint bench docs faults wheel clean
+.PHONY: quickstart test test-slow test-thorough test-lowest lint bench docs faults results wheel clean

@@ -130,7 +130,7 @@ def pack(workdir: Path, out: Path, weights: Sequence[str] = ()) -> list[str]:
     """Publishes the cells of a workdir that are done; the names of the runs that they are of.
 
     Args:
-      workdir: of experiments.
+      workdir: of experiments; or of one model of one's own, whose rows are then OUT's.
       out: the folder of what is published; what is in it of other runs stays.
       weights: runs whose weights are published too.
 
@@ -138,8 +138,9 @@ def pack(workdir: Path, out: Path, weights: Sequence[str] = ()) -> list[str]:
       UserError: no such run, weights that are too large together, cells.json of an older infsub, or
         files that are not a run's. Nothing is written then.
     """
-    contents: dict[Path, bytes] = {}
-    tables = {}
+    contents, tables = {}, {}
+    if (workdir / "config.json").exists():
+        contents = _evaluation(workdir, out)
     for path in sorted(workdir.glob("*/cells.json")):
         table = files.read_json(out / path.parent.name / "published.json") or {}
         for name, cell in experiments.read_cells(path).items():
@@ -207,7 +208,7 @@ def _evaluation(source: Path, target: Path) -> dict[Path, bytes]:
         raise UserError(f"{source} is not evaluated to its end ({lacking}).")
     document = records.read_run(source)
     evaluation: dict[str, Any] = files.read_json(source / "evaluation.json") or {}
-    if "weights" not in evaluation:  # of an older infsub
+    if "step" in evaluation and "weights" not in evaluation:  # of an older infsub
         which = document["config"]["evaluate"]["checkpoint"]
         variables, step = checkpoints.load_variables(source.parent, which)
         same = step == evaluation.get("step")
@@ -215,8 +216,9 @@ def _evaluation(source: Path, target: Path) -> dict[Path, bytes]:
     contents = {
         target / "config.json": _json(_without_paths(document)),
         target / "evaluation.json": _json(evaluation),
-        target / "done.json": _json(files.read_json(source / "done.json")),
     }
+    if done := files.read_json(source / "done.json"):
+        contents[target / "done.json"] = _json(done)
     for stem in ("rows", "bdmc"):
         if rows := shards.read(source, stem):
             lines = "".join(json.dumps(files.finite(row)) + "\n" for row in rows)
@@ -259,7 +261,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    print(f"Published {len(runs)} runs in {given.out}; make results draws its page.")
+    print(
+        f"Published in {given.out}: {', '.join(runs) or 'one evaluation'}; make results draws the page."
+    )
     return 0
 
 

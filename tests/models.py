@@ -123,6 +123,24 @@ def oracle_encoder(params, x) -> Gaussian:
     return Gaussian(mean, jnp.exp(0.5 * log_variance))
 
 
+def reproduction(path: str):
+    """That model for --config.model.import: of …/oracles/mnist_ffg.npz (Model, params, x)."""
+    params, xs = load_oracle(Path(path).parent.parent)
+
+    def sample_x(key, params, z, x):
+        return 1.0 * jax.random.bernoulli(key, jax.nn.sigmoid(oracle_decode(params, z)))
+
+    model = Model(
+        50,
+        encode=oracle_encoder,
+        log_likelihood=oracle_log_likelihood,
+        sample_x=sample_x,
+        outputs=lambda params, x, z: oracle_decode(params, z),
+        log_likelihood_of_outputs=lambda params, x, logits: densities.bernoulli_logits(x, logits),
+    )
+    return model, params, xs
+
+
 def own_model(known: LinearGaussian, shift: float = 0.3, widen: float = 1.5) -> Model:
     """A linear-Gaussian model as a user's: params are itself, and its encoder is off by this much."""
 

@@ -15,7 +15,7 @@ from infsub import config
 from infsub.types import UserError
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.py") if path.parent.name != "results")
 BAD = [
     ("seed", None),
     ("data.dir", None),

@@ -15,7 +15,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from infsub import config as configs
-from infsub import experiments, main
+from infsub import experiments, main, published
 from infsub.data import prepare
 from infsub.report import __main__ as join
 
@@ -27,6 +27,7 @@ DOCUMENTS = [
     ROOT / "launch/README.md",
     *sorted(ROOT.glob("configs/**/*.*")),
 ]
+ARGPARSE = {"report": join, "data": prepare, "published": published}
 COMMAND = re.compile(r"python -m infsub\.(\w+)((?:[^`\\\n]|\\\\?\n)*)")
 COMMANDS = {
     f"{path.relative_to(ROOT)} {number}": (found[1], re.sub(r"\\+\n", " ", found[2]))
@@ -65,9 +66,9 @@ def test_there_are_commands():
 def test_a_command_is_understood(where, tmp_path, capsys, monkeypatch):
     module, arguments = COMMANDS[where]
     arguments = shlex.split(arguments, comments=True)
-    if module in ("report", "data"):  # argparse
+    if module in ARGPARSE:
         with pytest.raises(SystemExit):
-            (join if module == "report" else prepare).main(["--help"])
+            ARGPARSE[module].main(["--help"])
         shown = capsys.readouterr().out
         assert {a.partition("=")[0] for a in arguments if a[0] == "-"} <= set(shown.split())
         return

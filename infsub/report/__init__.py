@@ -20,10 +20,11 @@ from infsub.report.runs import LoadedRun, load_run, read_shown
 from infsub.rows import INFERENCE
 from infsub.types import UserError
 
-__all__ = ["bars", "experiment", "join", "report"]
+__all__ = ["bars", "draw", "experiment", "join", "report"]
 
 _NO_MATPLOTLIB = "matplotlib is not installed: pip install 'infsub[plots]'"
 _NO_GAPS = "it needs L[q], one L[q*] and IWAE or AIS of every run"
+_NAMES = {"bars": "gaps", "steps": "curves"}  # of a kind of figure's files
 
 
 def report(workdir: str) -> None:
@@ -83,12 +84,9 @@ def _write(
     title: str = "",
 ) -> None:
     """The tables and figures of runs; prints the table where there is a figure."""
-    text = [f"# {title}", ""] if title else []
-    text += [*tables.markdown(runs), *tables.difference_tables(runs), ""]
-    text += [*tables.footer(runs), ""]
     try:
         out.mkdir(parents=True, exist_ok=True)
-        files.write_bytes(out / "table.md", "\n".join(text).encode())
+        files.write_bytes(out / "table.md", tables.document(runs, title).encode())
         files.write_csv(out / "table.csv", tables.csv_rows(runs))
         files.write_bytes(out / "table.tex", tables.latex(runs).encode())
         if len(runs) == 1:
@@ -108,23 +106,40 @@ def _write(
 
 
 def _draw(
-    runs: list[LoadedRun], out: Path, figure: dict[str, Any], folders: Mapping[str, Path]
+    runs: list[LoadedRun], out: Path, figure: Mapping[str, Any], folders: Mapping[str, Path]
 ) -> str:
     """Writes a figure as PNG and PDF; the names of the files, or a sentence why there are none."""
     if importlib.util.find_spec("matplotlib") is None:
         return f"no figure ({_NO_MATPLOTLIB})"
-    from infsub.report import curves, figures, pictures  # matplotlib takes a second to import
+    from infsub.report import figures  # matplotlib takes a second to import
 
-    kind = figure.pop("kind")
-    match kind:
+    drawn = draw(runs, figure, folders)
+    if isinstance(drawn, str):
+        return drawn
+    kind = str(figure["kind"])
+    return figures.write(drawn, out / _NAMES.get(kind, kind))
+
+
+def draw(runs: Sequence[LoadedRun], figure: Mapping[str, Any], folders: Mapping[str, Path]) -> Any:
+    """A figure of runs, as matplotlib's Figure; or a sentence why there is none.
+
+    Args:
+      runs: what is drawn.
+      figure: its kind and that kind's arguments, see infsub.experiments.experiment.
+      folders: {run: folder of its rows}.
+    """
+    from infsub.report import curves, figures, pictures
+
+    options = dict(figure)
+    match options.pop("kind"):
         case "bars" if not _have_gaps(runs):
             return f"no figure ({_NO_GAPS})"
         case "bars":
-            name, drawn = "gaps", figures.gap_figure(runs)
+            return figures.gap_figure(runs)
         case "steps" if not any(run.curves for run in runs):
             return "no figure (it needs config.evaluate.local.curve, and L[q*] of the same family)"
         case "steps":
-            name, drawn = "curves", curves.step_figure(runs)
+            return curves.step_figure(runs)
         case "posteriors":
             densities = {
                 cell: files.read_npz(folder / records.POSTERIORS, records.DENSITIES)
@@ -133,10 +148,9 @@ def _draw(
             densities = {cell: arrays for cell, arrays in densities.items() if arrays}
             if not densities:
                 return "no figure (it needs config.evaluate.grid, and points with finite bounds)"
-            name, drawn = kind, pictures.picture_figure(densities, figures.seeds(runs))
+            return pictures.picture_figure(densities, figures.seeds(runs))
         case _:
-            name, drawn = "curves", curves.curve_figure(runs, **figure)
-    return figures.write(drawn, out / name)
+            return curves.curve_figure(runs, **options)
 
 
 def _have_gaps(runs: Sequence[LoadedRun]) -> bool:

@@ -97,12 +97,12 @@ def write(figure: Figure, path: Path) -> str:
     return ", ".join(file.name for file in paths)
 
 
-def encode(figure: Figure, suffix: str) -> bytes:
+def encode(figure: Figure, suffix: str, dpi: int = 300) -> bytes:
     """A figure as the content of a "png" or "pdf" file; the same figure gives the same bytes."""
     file = io.BytesIO()
     with mpl.rc_context(STYLE):
         metadata = {"CreationDate": None} if suffix == "pdf" else None
-        figure.savefig(file, format=suffix, dpi=300, metadata=metadata)
+        figure.savefig(file, format=suffix, dpi=dpi, metadata=metadata)
     return file.getvalue()
 
 

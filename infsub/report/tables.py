@@ -102,6 +102,13 @@ def text_lines(lines: Mapping[str, gaps.Line]) -> Iterator[tuple[str, ...]]:
         )
 
 
+def document(runs: Sequence[LoadedRun], title: str = "") -> str:
+    """All that Markdown has to say of runs: the content of table.md."""
+    text = [f"# {title}", ""] if title else []
+    text += [*markdown(runs), *difference_tables(runs), "", *footer(runs), ""]
+    return "\n".join(text)
+
+
 def table(runs: Sequence[LoadedRun], format: str) -> str:
     """The table as "markdown", "latex" or "csv". Raises ValueError for another format."""
     match format:

@@ -1,0 +1,311 @@
+"""The paper's qualitative claims, each judged from the rows: confirmed, not confirmed, or unclear.
+
+A claim is a statement, and findings: differences that are positive where it holds. A finding beyond 2
+standard errors says yes or no, of a difference on the same datapoints the paired error. A claim is
+confirmed where all its findings say yes, not confirmed where none does and some say no, else unclear; of
+what happens "often", more than half decide. Of several seeds of training all must say the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from infsub import gaps
+from infsub.report.runs import LoadedRun
+from infsub.rows import AMORTIZATION, APPROXIMATION, INFERENCE, LOG_PX, family_label
+
+Cells = Mapping[str, Mapping[str, Any]]  # {experiment: {cell: make.Cell}}
+Runs = Callable[[str, str], "LoadedRun | None"]  # (experiment, cell) -> its run of one seed
+
+
+class Finding(NamedTuple):
+    """A difference in nats that is positive where the claim holds.
+
+    Attributes:
+      of: what it is a difference of, in words.
+      error: its standard error over datapoints.
+    """
+
+    of: str
+    mean: float
+    error: float
+
+    @property
+    def says(self) -> int:
+        """1 yes, −1 no, 0 nothing: within 2 standard errors."""
+        beyond = abs(self.mean) > gaps.MEAN_ERRORS * self.error
+        return int(beyond) * (1 if self.mean > 0 else -1)
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f} ± {self.error:.2f} ({self.of})".replace("-", "−", 1)
+
+
+class Claim(NamedTuple):
+    """A statement of the paper's.
+
+    Attributes:
+      measure: what the findings are, in words, before their numbers.
+      findings: Runs -> those that can be made, [] where nothing is measured.
+      share: of the findings that must say yes; more than that.
+    """
+
+    statement: str
+    measure: str
+    findings: Callable[[Runs], list[Finding]]
+    needs: tuple[str, ...]
+    share: float = 1.0
+
+
+def difference(of: str, a: LoadedRun, name_a: str, b: LoadedRun, name_b: str) -> Finding:
+    """The line `name_a` of one run − the line `name_b` of another: paired on the same datapoints."""
+    first, second = a.lines[name_a], b.lines[name_b]
+    if a.data == b.data and np.array_equal(a.indices, b.indices):
+        mean = gaps.difference(first, second, "difference").mean
+        return Finding(of, mean.mean, mean.standard_error)
+    means = first.mean, second.mean
+    error = math.hypot(*(mean.standard_error for mean in means))
+    return Finding(of, means[0].mean - means[1].mean, error)
+
+
+def own(run: LoadedRun, quantity: Any) -> str:
+    """The name of a gap of the encoder's own family."""
+    return quantity.of(run.families[0])
+
+
+def amortization_dominates(runs: Runs) -> list[Finding]:
+    found = []
+    for data in ("binarized_mnist", "fashion_mnist", "cifar10"):
+        for q in ("gaussian", "auxiliary"):
+            if run := runs("main_table", f"{data}_{q}"):
+                of = f"{data} trained with {family_label(q)}"
+                names = own(run, AMORTIZATION), own(run, APPROXIMATION)
+                found.append(difference(of, run, names[0], run, names[1]))
+    return found
+
+
+def generators_accommodate(runs: Runs) -> list[Finding]:
+    found = []
+    for data in ("binarized_mnist", "fashion_mnist", "cifar10"):
+        of_af, of_ffg = (runs("main_table", f"{data}_{q}") for q in ("auxiliary", "gaussian"))
+        if of_af and of_ffg:
+            name = APPROXIMATION.of("gaussian")
+            found.append(difference(data, of_af, name, of_ffg, name))
+    return found
+
+
+def flows_amortise(runs: Runs) -> list[Finding]:
+    found, plain = [], runs("flow_parameters", "linear_gaussian")
+    for q in ("auxiliary", "rnvp", "planar", "sylvester"):
+        if plain and (run := runs("flow_parameters", f"linear_{q}")):
+            names = own(plain, AMORTIZATION), own(run, AMORTIZATION)
+            found.append(difference(family_label(q), plain, names[0], run, names[1]))
+    return found
+
+
+def between(
+    experiment: str, pairs: Sequence[tuple[str, str, str]], quantity: Any
+) -> Callable[[Runs], list[Finding]]:
+    """Findings: a gap of the first cell − that of the second, for (words, first, second)."""
+
+    def findings(runs: Runs) -> list[Finding]:
+        found = []
+        for of, first, second in pairs:
+            a, b = runs(experiment, first), runs(experiment, second)
+            if a and b:
+                name = quantity.name if quantity is INFERENCE else own(a, quantity)
+                found.append(difference(of, a, name, b, name))
+        return found
+
+    return findings
+
+
+def overfits_first(runs: Runs) -> list[Finding]:
+    """How far inference, then the generator, is behind its best checkpoint at the last one.
+
+    On validation points: the rise of the amortization gap, beside the fall of log p̂, negated, for the
+    claim is that the former comes first.
+    """
+    shares = ("1_8", "1_4", "1_2", "1")
+    found = [runs("over_training", f"after_{share}_validation") for share in shares]
+    after = [run for run in found if run]
+    if len(after) < len(shares):
+        return []
+    last, name = after[-1], own(after[-1], AMORTIZATION)
+    best = min(after, key=lambda run: run.lines[name].mean.mean)
+    best_model = max(after, key=lambda run: run.lines[LOG_PX.name].mean.mean)
+    rise = difference("the rise of the amortization gap", last, name, best, name)
+    fall = difference("the fall of log p̂", best_model, LOG_PX.name, last, LOG_PX.name)
+    ahead = rise._replace(
+        of=f"{rise.of} {rise.mean:.2f} ± {rise.error:.2f}, less {fall.of} {fall.mean:.2f} ± {fall.error:.2f}",
+        mean=rise.mean - fall.mean,
+        error=math.hypot(rise.error, fall.error),
+    )
+    return [ahead]
+
+
+CLAIMS = (
+    Claim(
+        "Amortization often costs more than the family",
+        "amortization − approximation gap of the q trained with",
+        amortization_dominates,
+        ("main_table",),
+        share=0.5,
+    ),
+    Claim(
+        "Generators accommodate the q that they were trained with",
+        "what the best FFG misses of log p̂ is larger on the generator trained with AF than on the one "
+        "trained with FFG, by",
+        generators_accommodate,
+        ("main_table",),
+    ),
+    Claim(
+        "A flow's parameters help to amortise",
+        "on one decoder, the amortization gap of a linear FFG encoder − that of a linear encoder with a flow",
+        flows_amortise,
+        ("flow_parameters",),
+    ),
+    Claim(
+        "A larger encoder shrinks the amortization gap",
+        "amortization gap of the smaller − of the larger encoder",
+        between(
+            "larger_encoder",
+            (
+                (
+                    "binarized_mnist, [200, 200] and [500, 500]",
+                    "encoder_200_200",
+                    "encoder_500_500",
+                ),
+                ("cifar10, convolutions and twice as wide ones", "conv", "conv_wide"),
+            ),
+            AMORTIZATION,
+        ),
+        ("larger_encoder",),
+    ),
+    Claim(
+        "Training without entropy annealing leaves larger amortization gaps",
+        "without − with annealing",
+        between(
+            "no_annealing",
+            (
+                ("FFG", "gaussian_none", "gaussian_entropy"),
+                ("AF", "auxiliary_none", "auxiliary_entropy"),
+            ),
+            AMORTIZATION,
+        ),
+        ("no_annealing",),
+    ),
+    Claim(
+        "Training without entropy annealing leaves larger approximation gaps",
+        "without − with annealing",
+        between(
+            "no_annealing",
+            (
+                ("FFG", "gaussian_none", "gaussian_entropy"),
+                ("AF", "auxiliary_none", "auxiliary_entropy"),
+            ),
+            APPROXIMATION,
+        ),
+        ("no_annealing",),
+    ),
+    Claim(
+        "A deeper decoder has posteriors that are easier to approximate",
+        "approximation gap of FFG of the shallower − of the deeper decoder",
+        between(
+            "decoder_size",
+            (
+                ("0 and 2 layers of 200", "decoder_linear", "decoder_2x200"),
+                ("2 and 4 layers of 200", "decoder_2x200", "decoder_4x200"),
+            ),
+            APPROXIMATION,
+        ),
+        ("decoder_size",),
+    ),
+    Claim(
+        "Inference generalises worse than it fits: the amortization gap is larger on test points",
+        "on test − on training points, other datapoints, so that the errors add",
+        between(
+            "test_set",
+            (
+                ("FFG", "gaussian_test", "gaussian_train"),
+                ("AF", "auxiliary_test", "auxiliary_train"),
+            ),
+            AMORTIZATION,
+        ),
+        ("test_set",),
+    ),
+    Claim(
+        "Inference overfits before the generator does",
+        "on validation points, at the last checkpoint against the best one",
+        overfits_first,
+        ("over_training",),
+    ),
+)
+
+
+def verdict(claim: Claim, findings: Sequence[Finding]) -> str:
+    """Of one seed's findings."""
+    says = [finding.says for finding in findings]
+    yes, no = says.count(1), says.count(-1)
+    if yes == len(says) or yes > claim.share * len(says):
+        return "confirmed"
+    return "not confirmed" if no and (not yes or no > claim.share * len(says)) else "unclear"
+
+
+def judge(claim: Claim, cells: Cells) -> tuple[str, str]:
+    """The verdict on a claim, and its figures in a sentence.
+
+    Only runs of one scale are compared, the largest at which there is anything to compare.
+    """
+    shown = [cell for name in claim.needs for cell in cells.get(name, {}).values()]
+    for scale in dict.fromkeys(cell.scale for cell in sorted(shown, key=_by_scale)):
+        seeds = sorted({seed for cell in shown if cell.scale == scale for seed in cell.runs})
+        found = {seed: claim.findings(_runs(cells, scale, seed)) for seed in seeds}
+        found = {seed: findings for seed, findings in found.items() if findings}
+        if not found:
+            continue
+        verdicts = {verdict(claim, findings) for findings in found.values()}
+        said = verdicts.pop() if len(verdicts) == 1 else "unclear"
+        first, *others = found.values()
+        figures = ", ".join(map(str, first))
+        points = sorted({len(c.run.indices) for c in shown if c.scale == scale})
+        where = f"scale `{scale}`, {' and '.join(map(str, points))} points, seed {min(found)}"
+        spread = ""
+        if others:
+            common = [f.of for f in first if all(f.of in [o.of for o in fs] for fs in others)]
+            values = {
+                of: [f.mean for fs in found.values() for f in fs if f.of == of] for of in common
+            }
+            parts = [
+                f"{np.mean(v):.2f} ± {np.std(v, ddof=1):.2f} ({of})" for of, v in values.items()
+            ]
+            spread = (
+                f"; mean and standard deviation over seeds {', '.join(map(str, found))}: "
+                f"{', '.join(parts)}"
+            ).replace("(-", "(−")
+        return said, f"{claim.measure}: {figures} nats; {where}{spread}."
+    return "not measured yet", f"it needs {', '.join(claim.needs)}."
+
+
+def _by_scale(cell: Any) -> int:
+    return ("full", "paper", "small", "smoke").index(cell.scale)
+
+
+def _runs(cells: Cells, scale: str, seed: int) -> Runs:
+    def run(experiment: str, name: str) -> LoadedRun | None:
+        cell = cells.get(experiment, {}).get(name)
+        return cell.runs.get(seed) if cell is not None and cell.scale == scale else None
+
+    return run
+
+
+def text(cells: Cells) -> str:
+    """The claims as a Markdown list."""
+    lines = []
+    for claim in CLAIMS:
+        said, sentence = judge(claim, cells)
+        lines.append(f"- **{claim.statement}: {said}.** {sentence[0].upper()}{sentence[1:]}")
+    return "\n".join(lines)

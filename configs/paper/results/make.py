@@ -1,0 +1,387 @@
+"""Makes the page of results, README.md beside this file, from the rows that are committed here.
+
+Command:  make results
+Nothing is trained or measured, and no data set is needed. A cell is shown at the largest scale at which
+it is published; the claims of the paper are judged by `claims.py`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+import claims  # noqa: E402
+
+from infsub import files, gaps, published, records, report, rows  # noqa: E402
+from infsub.report import runs as loaded  # noqa: E402
+from infsub.report import tables  # noqa: E402
+
+ORDER = (
+    *("main_table", "larger_encoder", "no_annealing", "decoder_size", "flow_parameters"),
+    *("over_training", "test_set", "posteriors_2d", "certificate", "local_steps"),
+    "generalisation_of_q",
+)
+SCALES = ("full", "paper", "small", "smoke")  # the first that there is, is shown
+MAX_CERTIFICATE = 0.1  # nats
+SHOWN = (rows.ELBO, rows.LOCAL, rows.LOG_PX, rows.APPROXIMATION, rows.AMORTIZATION, rows.INFERENCE)
+SPREAD = (rows.LOG_PX, rows.APPROXIMATION, rows.AMORTIZATION, rows.INFERENCE)
+# Why a certificate may be wider than MAX_CERTIFICATE, by run: named on the page.
+REASONS: dict[str, str] = {}
+MAIN = "infsub.main"
+HEAD = """# Results
+
+Made by `make results` from the rows in this folder alone: [make.py](make.py) is the code of this page, and
+[claims.py](claims.py) judges. The paper's own numbers are not quoted. In the tables stands
+*mean ± standard error over datapoints (Monte Carlo error)*, in nats: the first error is what another draw of
+datapoints would change, of a gap the paired one; the second, what other random keys would change on these
+datapoints. Neither holds what another seed of training would change: where there are several, their
+spread stands below the table. `small` is 30 epochs for most and 50 points, where the paper trains for
+3280: it shows that an experiment works, and its signs may turn round at `full`, the authors' training.
+
+Any model below that has weights is measured anew, without training, by
+
+```
+python -m {main} --config=configs/published.py:run={run} \\
+    --mode=evaluate --workdir=runs/again --config.data.dir=DIR
+```
+
+`run=RUN/EVALUATION` takes the settings of a published evaluation, and `--mode=report` shows the new rows."""
+CLAIMS = """## The claims
+
+Claims of the paper, and what it asks about annealing, decoder size and test points, put as statements.
+Beyond 2 standard errors a difference says yes or no."""
+REPRODUCTION = """## The reproduction's own model
+
+The PyTorch reproduction of the paper published the weights of its FFG model of MNIST, and the 100 training
+digits, ten of each class, that it measures. Nothing is trained here: the numbers differ by the estimators
+alone.
+
+| nats | the reproduction | here, seed 0 |
+|---|---:|---:|
+| L[q] | −90.59 | {elbo} |
+| L[q*] FFG | −88.47 … −88.43 | {local} |
+| IWAE of 5,000 samples | −86.85 … −86.77, ± 0.05 | {iwae} |
+| log p̂ | −86.41 | {log_px} |
+
+L[q] is of 5,000 samples there and of {elbo_samples:,} here. L[q*] takes Adam there and natural gradients
+here, and ends at the same optimum. IWAE's weights have too heavy a tail at {heavy} of the 100 digits
+(Pareto k above 0.7), so that its error says too little. log p̂ is AIS: −86.41 is its converged value, of many
+temperatures from q(z|x); here it takes {temperatures} temperatures from Laplace's Gaussian. The reproduction
+itself takes the larger of IWAE and of AIS from the prior; on the first ten digits that AIS, of 100 chains and
+500 temperatures, lies 4 to 5 nats below IWAE, so that its log p̂ is in effect IWAE, 0.4 nats short, and its
+approximation gap as much too small. The best Gaussian of full covariance gets to {full}. Certificate:
+{certificate} simulated points. `make test-slow` holds these numbers; they are made by
+
+```
+PYTHONPATH=tests python -m {main} --config=configs/quickstart.py --workdir=runs/reproduction \\
+    --config.model.imported=models:reproduction --config.evaluate.per_class=0 \\
+    --config.model.checkpoint=../shared/oracles/mnist_ffg.npz --config.evaluate.bdmc.num_points=100 \\
+    --config.evaluate.local.families="('gaussian', 'full_gaussian')"
+```"""
+
+
+class Cell(NamedTuple):
+    """What is shown of a cell.
+
+    Attributes:
+      runs: {seed: its evaluation}, the first seed's in the tables.
+      entries: {seed: what is published of it}.
+    """
+
+    name: str
+    scale: str
+    runs: dict[int, loaded.LoadedRun]
+    entries: dict[int, published.Published]
+
+    @property
+    def run(self) -> loaded.LoadedRun:
+        """Of the first seed."""
+        return self.runs[min(self.runs)]
+
+    @property
+    def entry(self) -> published.Published:
+        """Of the first seed."""
+        return self.entries[min(self.entries)]
+
+
+def load(folder: Path = HERE) -> dict[str, dict[str, Cell]]:
+    """{experiment: {cell: Cell}} of what is published, each cell at its largest scale."""
+    found: dict[tuple[str, str], dict[str, dict[int, published.Published]]] = {}
+    for entry in published.read(folder):
+        scales = found.setdefault((entry.experiment, entry.cell), {})
+        scales.setdefault(entry.scale, {})[entry.seed] = entry
+    evaluations: dict[tuple[Path, str], loaded.LoadedRun] = {}
+    cells: dict[str, dict[str, Cell]] = {}
+    for name in ORDER:
+        for cell in dict(config_of(name).experiment.cells):
+            scales = found.get((name, cell), {})
+            scale = next((scale for scale in SCALES if scale in scales), "")
+            if scale:
+                entries = scales[scale]
+                runs = {}
+                for seed, entry in sorted(entries.items()):
+                    key = entry.folder, cell
+                    if key not in evaluations:
+                        evaluations[key] = loaded.load_run(str(entry.folder), cell)
+                    runs[seed] = evaluations[key]
+                cells.setdefault(name, {})[cell] = Cell(cell, scale, runs, entries)
+    return cells
+
+
+def config_of(name: str) -> Any:
+    """The config of configs/paper/NAME.py."""
+    spec: Any = importlib.util.spec_from_file_location(name, HERE.parent / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def number(line: gaps.Line) -> str:
+    """A mean with both of its errors."""
+    mean = line.mean
+    by_keys = f" ({mean.monte_carlo_error:.2g})" if np.isfinite(mean.monte_carlo_error) else ""
+    return f"{mean.mean:.2f} ± {mean.standard_error:.2f}{by_keys}".replace("-", "−")
+
+
+def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table whose first column is text."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
+    return ["", *(f"| {' | '.join(line)} |" for line in lines), ""]
+
+
+def columns_of(cells: Sequence[Cell]) -> list[str]:
+    """The lines that the table of these cells has columns for."""
+    names = loaded.line_names([cell.run for cell in cells])
+    return [name for name in names if rows.get(name).quantity in SHOWN]
+
+
+def section(name: str, cells: dict[str, Cell], folder: Path) -> Iterator[str]:
+    """An experiment's part of the page."""
+    given = config_of(name).experiment
+    yield f"### {name}\n\n**{given.question}**"
+    for scale in SCALES:
+        shown = [cell for cell in cells.values() if cell.scale == scale]
+        if not shown:
+            continue
+        yield (
+            f"```\npython -m {MAIN} --config=configs/paper/{name}.py --workdir=runs/paper \\\n"
+            f"    --config.scale={scale} --config.data.dir=DIR\n```"
+        )
+        names = columns_of(shown)
+        heads = [f"scale `{scale}`", "epochs", "points", "seed", *map(rows.label, names)]
+        body = []
+        for cell in shown:
+            lines, facts = cell.run.lines, cell.entry.facts
+            made = [str(facts["epochs"]), str(len(cell.run.indices)), str(cell.entry.seed)]
+            numbers = [number(lines[n]) if n in lines else "–" for n in names]
+            body.append([f"`{cell.name}`", *made, *numbers, certified(cell.run)])
+        yield "\n".join(table([*heads, "certificate"], body)).strip()
+        yield from over_steps(shown)
+        yield from over_seeds(shown)
+        figure = folder / name / scale / "figure.png"
+        if figure.exists():
+            yield f"![{given.question}]({figure.relative_to(folder).as_posix()})"
+        path = f"{name}/{scale}/table.md"
+        yield (
+            f"[All lines, intervals, verdicts, settings and datapoints to look at]({path}), at scale "
+            f"`{scale}`, {seeds(shown)}."
+        )
+    missing = [f"`{cell}`" for cell in dict(given.cells) if cell not in cells]
+    if not cells:
+        yield "Not measured yet."
+    elif missing:
+        yield f"Not measured yet: {', '.join(missing)}."
+
+
+def certified(run: loaded.LoadedRun) -> str:
+    """The certificate of a run, and on how many points."""
+    line = run.certificate.line
+    return f"{number(line)} on {line.values.size}" if line else "–"
+
+
+def over_steps(cells: Sequence[Cell]) -> Iterator[str]:
+    """What local steps leave of L[q*] − L."""
+    curves = [(cell.name, curve) for cell in cells for curve in cell.run.curves]
+    steps = sorted({n for _, curve in curves for n, _ in curve.points})
+    body = []
+    for name, curve in curves:
+        points = dict(curve.points)
+        values = [number(points[n]) if n in points else "–" for n in steps]
+        body.append([f"`{name}`, {curve.label}", *values])
+    if body:
+        heads = ["L[q*] − L after local steps", *map(str, steps)]
+        yield "\n".join(table(heads, body)).strip()
+
+
+def seeds(cells: Sequence[Cell]) -> str:
+    """How many seeds the cells have, in words."""
+    counts = sorted({len(cell.runs) for cell in cells})
+    most = max(counts)
+    return "one seed" if most == 1 else f"{' to '.join(map(str, counts))} seeds"
+
+
+def over_seeds(cells: Sequence[Cell]) -> Iterator[str]:
+    """Mean and standard deviation over the seeds of training, where there are several."""
+    several = [cell for cell in cells if len(cell.runs) > 1]
+    names = [n for n in columns_of(several) if rows.get(n).quantity in SPREAD] if several else []
+    body = []
+    for cell in several:
+        values = []
+        for name in names:
+            means = [run.lines[name].mean.mean for run in cell.runs.values() if name in run.lines]
+            spread = (
+                f"{np.mean(means):.2f} ± {np.std(means, ddof=1):.2f}" if len(means) > 1 else "–"
+            )
+            values.append(spread.replace("-", "−"))
+        body.append([f"`{cell.name}`", ", ".join(map(str, cell.runs)), *values])
+    if body:
+        heads = ["mean ± standard deviation over seeds", "seeds", *map(rows.label, names)]
+        yield "\n".join(table(heads, body)).strip()
+
+
+def models(cells: dict[str, dict[str, Cell]]) -> dict[str, list[Cell]]:
+    """{run: the cells that show it}, with a cell a seed."""
+    found: dict[str, list[Cell]] = {}
+    for experiment in cells.values():
+        for cell in experiment.values():
+            for seed, entry in cell.entries.items():
+                one = cell._replace(runs={seed: cell.runs[seed]}, entries={seed: entry})
+                found.setdefault(entry.facts["run"], []).append(one)
+    return dict(sorted(found.items()))
+
+
+def certificates(shown: Sequence[Cell]) -> tuple[str, bool]:
+    """The narrowest certificate of a model's evaluations, and whether it is within MAX_CERTIFICATE."""
+    runs = [cell.run for cell in shown if cell.run.certificate.line]
+    if not runs:
+        return "–", False
+    best = min(runs, key=lambda run: run.lines[rows.CERTIFICATE.name].mean.mean)
+    mean = best.lines[rows.CERTIFICATE.name].mean
+    return certified(best), mean.mean <= MAX_CERTIFICATE
+
+
+def model_section(cells: dict[str, dict[str, Cell]], folder: Path) -> Iterator[str]:
+    """Which models there are, how they were made, and how far their log p̂ can be believed."""
+    body, uncertain = [], []
+    for run, shown in models(cells).items():
+        cell, facts = shown[0], shown[0].entry.facts
+        settings = cell.run.settings
+        document = records.read_run(cell.entry.folder.parent)
+        versions = document.get("versions", {})
+        text, good = certificates(shown)
+        if not good:
+            why = REASONS.get(run) or (
+                f"no certificate at scale `{cell.scale}`"
+                if text == "–"
+                else f"{text}, no reason known"
+            )
+            uncertain.append(f"- `{run}`: {why}.")
+        weights = f"runs/{run}/weights.npz"
+        hours = "–" if facts["hours"] is None else f"{facts['hours']:.2f}"
+        q = rows.family_label(str(settings["model.posterior.name"]))
+        made = [str(facts["epochs"]), str(cell.entry.seed), hours, facts["machine"], facts["date"]]
+        code = [facts["revision"][:7], f"{versions.get('infsub')}, jax {versions.get('jax')}", text]
+        link = f"[npz]({weights})" if (folder / weights).exists() else "–"
+        what = [f"`{run}`", str(settings["data.name"]), q, cell.scale]
+        body.append([*what, *made, *code, link])
+    heads = ["run", "data", "q", "scale", "epochs", "seed", "hours of training", "machine"]
+    heads += ["measured", "revision", "infsub", "certificate", "weights"]
+    yield "## The models"
+    yield "\n".join(table(heads, body)).strip()
+    hours = [shown[0].entry.facts["hours"] or 0 for shown in models(cells).values()]
+    yield (
+        f"{sum(hours):.1f} hours of training in all, of the process that ended each: of one that was stopped "
+        "and went on, not all. Other jobs ran beside."
+    )
+    if uncertain:
+        yield (
+            f"Without a certificate of at most {MAX_CERTIFICATE:g} nats, so that their log p̂ may be "
+            "farther off than its errors say:\n\n" + "\n".join(uncertain)
+        )
+
+
+def reproduction(folder: Path) -> str:
+    """The reproduction's numbers beside ours, which are of the rows in `reproduction`."""
+    run = loaded.load_run(str(folder / "reproduction"), "reproduction")
+    lines, k = run.lines, run.measured.columns[rows.IWAE.name].fields["pareto_k"]
+    return REPRODUCTION.format(
+        main=MAIN,
+        elbo=number(lines[rows.ELBO.name]),
+        local=number(lines[rows.LOCAL.of("gaussian")]),
+        iwae=number(lines[rows.IWAE.name]),
+        log_px=number(lines[rows.LOG_PX.name]),
+        full=number(lines[rows.LOCAL.of("full_gaussian")]),
+        heavy=int(np.sum(k > gaps.MAX_PARETO_K)),
+        elbo_samples=run.settings["evaluate.elbo_samples"],
+        temperatures=run.settings["evaluate.ais.num_temperatures"],
+        certificate=certified(run),
+    )
+
+
+def pages(folder: Path = HERE) -> dict[str, str]:
+    """{path in the folder: text} of the page and of every experiment's table."""
+    cells, found = load(folder), {}
+    with_weights = sorted(path.parent.name for path in folder.glob("runs/*/weights.npz"))
+    parts = [
+        HEAD.format(main=MAIN, run=with_weights[0]),
+        CLAIMS,
+    ]
+    parts += [claims.text(cells), "## The experiments"]
+    for name in ORDER:
+        parts += section(name, cells.get(name, {}), folder)
+        for scale, shown in by_scale(cells.get(name, {})).items():
+            question = config_of(name).experiment.question
+            title = f"{question} ({name}, scale {scale})"
+            found[f"{name}/{scale}/table.md"] = tables.document([c.run for c in shown], title)
+    parts += [reproduction(folder), *model_section(cells, folder)]
+    return found | {"README.md": "\n\n".join(parts) + "\n"}
+
+
+def by_scale(cells: dict[str, Cell]) -> dict[str, list[Cell]]:
+    """The cells that are shown at each scale."""
+    found: dict[str, list[Cell]] = {}
+    for cell in cells.values():
+        found.setdefault(cell.scale, []).append(cell)
+    return found
+
+
+def draw(folder: Path = HERE) -> None:
+    """Every experiment's figure."""
+    from infsub.report import figures
+
+    for name, cells in load(folder).items():
+        given = config_of(name).experiment.figure.to_dict()
+        for scale, shown in by_scale(cells).items():
+            path = folder / name / scale / "figure.png"
+            folders = {cell.name: cell.entry.folder for cell in shown}
+            figure = report.draw([cell.run for cell in shown], given, folders)
+            if isinstance(figure, str):
+                path.unlink(missing_ok=True)
+                continue
+            path.parent.mkdir(exist_ok=True)
+            files.write_bytes(path, figures.encode(figure, "png", dpi=150))
+
+
+def main() -> None:
+    """`make results`."""
+    for path in HERE.glob("*/*/table.md"):  # of scales that are not shown any more
+        path.unlink()
+    draw()
+    for name, text in pages().items():
+        (HERE / name).parent.mkdir(exist_ok=True)
+        files.write_bytes(HERE / name, text.encode())
+    for path in HERE.glob("*/*/figure.png"):
+        if not (path.parent / "table.md").exists():
+            path.unlink()
+
+
+if __name__ == "__main__":
+    main()

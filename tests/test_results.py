@@ -1,0 +1,166 @@
+"""The page of results is what its code makes of the committed rows, and the rows are in order."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from infsub import checkpoints, imported, published, rows
+from infsub.report.runs import decomposed
+
+RESULTS = Path(__file__).parent.parent / "configs/paper/results"
+SPEC = importlib.util.spec_from_file_location("make_results", RESULTS / "make.py")
+make = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(make)
+claims = sys.modules["claims"]
+ENTRIES = published.read(RESULTS)
+
+
+def test_the_page_is_made_of_the_committed_rows():
+    made = make.pages()
+    committed = {RESULTS / "README.md", *RESULTS.glob("*/*/table.md")}
+    assert {RESULTS / name for name in made} == committed
+    for name, text in made.items():
+        assert (RESULTS / name).read_text() == text, f"{name}: run `make results`"
+    figures = {path.parent for path in RESULTS.glob("*/*/figure.png")}
+    assert figures <= {path.parent for path in committed}
+    assert sum(path.stat().st_size for path in RESULTS.glob("*/*/figure.png")) < 5e6
+
+
+def test_the_reproduction_is_measured_as_the_reproduction_measured_it():
+    """Its own numbers, see ../shared/oracles/README.md, within the errors of both."""
+    run = make.loaded.load_run(str(RESULTS / "reproduction"))
+    mean = {name: line.mean for name, line in run.lines.items()}
+    for name, value, error in (("elbo", -90.59, 0.01), ("log_px", -86.406, 0.004)):
+        bound = 3 * np.hypot(mean[name].monte_carlo_error, error)
+        assert abs(mean[name].mean - value) < bound
+    assert -88.50 < mean["local_gaussian"].mean < -88.40
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: f"{e.experiment}-{e.cell}-{e.seed}")
+def test_bounds_are_in_order(entry):
+    """L[q] <= L[q*] <= log p̂, within errors, and all of it is there."""
+    run = make.loaded.load_run(str(entry.folder), entry.cell)
+    assert len(run.measured.indices) == entry.facts["points"]
+    assert not run.missing
+    gaps = {name: line.mean for name, line in run.lines.items() if line.kind == "gap"}
+    assert gaps
+    for name, gap in gaps.items():
+        assert gap.mean > -3 * np.hypot(gap.standard_error, gap.monte_carlo_error), name
+
+
+def test_every_model_is_certified_or_the_reason_is_named():
+    page, cells = (RESULTS / "README.md").read_text(), make.load()
+    listed = page.partition("Without a certificate of at most")[2]
+    for run, shown in make.models(cells).items():
+        assert make.certificates(shown)[1] or f"- `{run}`: " in listed
+    assert "no reason known" not in page
+
+
+def test_weights_are_those_that_were_measured():
+    """All together they are small, and each fits its run and what its rows say of it."""
+    paths = sorted(RESULTS.glob(f"runs/*/{checkpoints.WEIGHTS}"))
+    assert paths
+    assert sum(path.stat().st_size for path in paths) <= published.MAX_WEIGHTS
+    for path in paths:
+        variables, step = checkpoints.load_variables(path.parent)
+        digest = imported.digest(variables)
+        evaluations = [json.loads(p.read_text()) for p in path.parent.glob("*/evaluation.json")]
+        best = [e for e in evaluations if e["checkpoint"] == "best"]
+        assert best
+        assert {(e["step"], e["weights"]) for e in best} == {(step, digest)}
+
+
+def test_no_folder_of_anybodys_machine_is_published():
+    for path in RESULTS.rglob("*.json"):
+        assert '"/' not in path.read_text(), path
+
+
+def a_run(amortization, approximation, family="gaussian", noise=0.1, num_points=50):
+    """A run whose gaps are these on average, of datapoints that differ much more among themselves."""
+    rng = np.random.default_rng(0)
+    log_px = rng.normal(-90, 20, num_points)
+    local = log_px - approximation - rng.normal(0, noise, num_points)
+    elbo = local - amortization - rng.normal(0, noise, num_points)
+    columns = {rows.INDEX: np.arange(num_points), "elbo": elbo, f"local_{family}": local}
+    columns |= {"ais": log_px} | {f"{n}_se": np.full(num_points, 0.01) for n in ("elbo", "ais")}
+    document = {"config": {"model": {"posterior": {"name": family}}}, "data": "", "missing": ""}
+    return decomposed("", rows.to_json(columns), [], document)
+
+
+def cells_of(experiment, runs, scale="small"):
+    """{experiment: {cell: Cell}} of {cell: [runs of seed 0, 1, …]}."""
+    return {
+        experiment: {
+            name: make.Cell(name, scale, dict(enumerate(seeds)), {}) for name, seeds in runs.items()
+        }
+    }
+
+
+def judged(statement, cells):
+    (claim,) = [claim for claim in claims.CLAIMS if statement in claim.statement]
+    return claims.judge(claim, cells)
+
+
+@pytest.mark.parametrize(
+    ("small", "large", "verdict", "number"),
+    [
+        ([3.0], [2.0], "confirmed", "1.00 ± "),
+        ([2.0], [3.0], "not confirmed", "−1.00 ± "),
+        ([2.0], [2.0], "unclear", "0.00 ± "),
+        ([3.0, 3.5], [2.0, 2.0], "confirmed", "1.25 ± 0.35 ("),
+        ([3.0, 2.0], [2.0, 3.0], "unclear", "0.00 ± 1.41 ("),
+    ],
+)
+def test_a_claim_is_judged_from_the_rows(small, large, verdict, number):
+    runs = {
+        "encoder_200_200": [a_run(gap, 1.0) for gap in small],
+        "encoder_500_500": [a_run(gap, 1.0, noise=0.2) for gap in large],
+    }
+    said, sentence = judged("larger encoder", cells_of("larger_encoder", runs))
+    assert said == verdict
+    assert number in sentence
+    assert "scale `small`, 50 points, seed 0" in sentence
+    assert ("over seeds 0, 1" in sentence) == (len(small) > 1)
+
+
+def test_often_is_more_than_half():
+    names = ("binarized_mnist_gaussian", "binarized_mnist_auxiliary", "fashion_mnist_gaussian")
+    for gaps, verdict in (
+        ((3, 3, 1), "confirmed"),
+        ((1, 1, 3), "not confirmed"),
+        ((3, 1), "unclear"),
+    ):
+        runs = {name: [a_run(gap, 2.0)] for name, gap in zip(names, gaps, strict=False)}
+        assert judged("often", cells_of("main_table", runs))[0] == verdict
+
+
+def test_scales_are_not_compared_and_the_absent_is_not_judged():
+    smaller = cells_of("larger_encoder", {"encoder_200_200": [a_run(3, 1)]})
+    larger = cells_of("larger_encoder", {"encoder_500_500": [a_run(2, 1)]}, "full")
+    both = {"larger_encoder": smaller["larger_encoder"] | larger["larger_encoder"]}
+    for cells in ({}, smaller, larger, both):
+        assert judged("larger encoder", cells)[0] == "not measured yet"
+
+
+@pytest.mark.parametrize(
+    ("gaps", "falls", "verdict"),
+    [
+        ((3, 2, 2.5, 3), (0, 0, 0, 0), "confirmed"),
+        ((3, 2.9, 2.8, 2.7), (0, 0, 0, 40), "not confirmed"),
+        ((3, 2.9, 2.8, 2.7), (3, 2, 1, 0), "unclear"),
+    ],
+)
+def test_overfitting_is_what_is_lost_since_the_best_checkpoint(gaps, falls, verdict):
+    runs = {}
+    for share, gap, fall in zip(("1_8", "1_4", "1_2", "1"), gaps, falls, strict=True):
+        run = a_run(gap, 1.0, noise=0.2)
+        line = run.found.lines["log_px"]
+        run.found.lines["log_px"] = line._replace(values=line.values - fall)
+        runs[f"after_{share}_validation"] = [run]
+    assert judged("overfits", cells_of("over_training", runs))[0] == verdict
