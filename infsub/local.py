@@ -81,9 +81,12 @@ RULES = {
 _NATURAL = RULES["fast"]._replace(
     learning_rate=0.1, window=50, patience=1, num_judged=400, antithetic=True, natural=True
 )
+# The same from a start that lies near, as Laplace's does, of D scales: their gradient is less noisy than
+# that of D²/2, so that 115 larger steps do, 0.002 nats lower.
+_NATURAL_NEAR = _NATURAL._replace(learning_rate=0.2, window=40)
 # "fast" for a flow that starts as a Gaussian of full covariance, or nearly: there is little to gain,
-# and the larger steps would first leave it again.
-_PLACED = RULES["fast"]._replace(learning_rate=5e-4, num_judged=500, antithetic=True)
+# and the larger steps would first leave it again. A third window would gain 0.006 nats there.
+_PLACED = RULES["fast"]._replace(learning_rate=5e-4, patience=2, num_judged=500, antithetic=True)
 
 
 class LocalResult(NamedTuple):
@@ -156,7 +159,7 @@ def optimize_local(
     """
     posterior = _as_posterior(posterior, target)
     if rule == "fast" and posterior.natural is not None:
-        rule = _NATURAL
+        rule = _NATURAL if start is None or posterior.place is not None else _NATURAL_NEAR
     elif rule == "fast" and posterior.place is not None and start is not None:
         rule = _PLACED
     rule = _checked_rule(rule, changes)
@@ -171,8 +174,8 @@ def optimize_local(
         densities.check_gaussian(start)
         key_init, key_fit = jax.random.split(key_init)
         if posterior.natural is None and not fitted:
-            natural = _NATURAL._replace(max_steps=rule.max_steps)
             dense = posterior.place is not None
+            natural = (_NATURAL if dense else _NATURAL_NEAR)._replace(max_steps=rule.max_steps)
             start, num_steps = _best_gaussian(key_fit, target, start, natural, dense)
         params = posteriors.start(key_init, posterior, start)
     posterior, params = _checked_start(key_init, posterior, params, rule)
