@@ -9,6 +9,7 @@ import os
 import platform
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,6 +113,14 @@ class Spent(NamedTuple):
         parts = {"tracing": self.tracing, "compiling": self.compiling, "running": running}
         seconds = {f"seconds_{name}": round(value, 2) for name, value in parts.items()}
         return {**seconds, "programs_compiled": self.compiled, "programs_cached": self.cached}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Spent:
+        """Of what `to_json` gave. Raises KeyError where something is missing."""
+        tracing, compiling = content["seconds_tracing"], content["seconds_compiling"]
+        seconds = content["seconds_running"] + tracing + compiling
+        programs = content["programs_compiled"], content["programs_cached"]
+        return cls(seconds, tracing, compiling, *programs)
 
 
 class _Seconds:

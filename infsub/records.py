@@ -218,6 +218,7 @@ def status(workdir: Path) -> str:
         if progress["done"] < progress["total"] and ago < 120 and left is not None:
             end = time.strftime("%d %b %H:%M", time.localtime(time.time() + left))
             lines.append(("time left", f"{files.duration(left)}, until {end}"))
+        lines += _status_of_seconds("its time", progress)
     for member, folder in configs.runs(config, workdir):
         lines += _status_of_one(folder, f"seed {member.seed}", per_epoch)
     return "\n".join(f"{name:<12}{text}" for name, text in lines)
@@ -244,6 +245,14 @@ def _nats(value: Any) -> str:
     return f"{value:.2f}" if isinstance(value, int | float) else "unknown"
 
 
+def _status_of_seconds(label: str, progress: dict[str, Any]) -> list[tuple[str, str]]:
+    """Where the last process's seconds went; nothing where the file does not say."""
+    try:
+        return [(label, str(compilations.Spent.from_json(progress)))]
+    except (KeyError, TypeError):
+        return []
+
+
 def _status_of_one(workdir: Path, label: str, per_epoch: int) -> list[tuple[str, str]]:
     lines = [(label, "")]
     for row in files.read_rows(workdir / "metrics.jsonl", EPOCH)[-1:]:
@@ -267,6 +276,8 @@ def _status_of_one(workdir: Path, label: str, per_epoch: int) -> list[tuple[str,
             lines.append(("", f"best at epoch {summary.get('best_epoch')}: {text}"))
     num_rows, lacking = len(shards.read(workdir, "rows")), missing(workdir)
     lines.append(("", f"{num_rows} datapoints evaluated{f', {lacking}' if lacking else ''}"))
+    for path in sorted(workdir.glob("progress.evaluation*.json")):
+        lines += _status_of_seconds("", files.read_json(path, PROGRESS) or {})
     tables = sorted(p.name for p in workdir.glob("table.*"))
     lines.append(("", f"reported: {', '.join(tables)}" if tables else "not reported"))
     return lines

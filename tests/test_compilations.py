@@ -97,6 +97,7 @@ def test_seconds_are_those_of_the_clock_and_count_once():
     parts = found.to_json()
     total = sum(value for name, value in parts.items() if name.startswith("seconds_"))
     assert total == pytest.approx(found.seconds, abs=0.05)
+    assert compilations.Spent.from_json(parts) == pytest.approx(found, abs=0.05)
 
 
 def test_an_event_in_another_counts_once():

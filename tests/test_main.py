@@ -229,6 +229,7 @@ def test_the_whole_way_and_again(command, tmp_path):
     assert code == 0
     for text in ("mnist5k", "epoch 2 of 2", "test ELBO", "3 datapoints evaluated", "table.md"):
         assert text in status
+    assert status.count("s compiling (") == 2  # of training and of evaluation
     assert len(status.splitlines()) < 24
 
     (tmp_path / "rows.jsonl").unlink()
