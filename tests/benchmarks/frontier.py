@@ -150,10 +150,8 @@ def main() -> None:
         f"converged (laplace, {REFERENCE['num_temperatures']} × 10): "
         f"{converged.mean():.3f} ± {error:.3f} nats a digit; {CHAINS} chains"
     )
-    print(
-        f"{'start, T × L':34}{'log p̂':>9} {'±':>6}{'lift':>8} {'±':>6}{'ESS/K':>7}{'k>0.7':>6}"
-        f"{'gradients':>11}{'CPU ms':>11}{'BDMC gap':>10} {'±':>6}"
-    )
+    print("| start, T × L | log p̂ | off | ESS/K | k > 0.7 | gradients | CPU ms | BDMC gap |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
     table = []
     for row in ROWS:
         function = estimate(row)
@@ -171,13 +169,17 @@ def main() -> None:
             gap, error = gaps.mean(), gaps.std(ddof=1) / np.sqrt(POINTS)
         lift = values - converged
         table.append((row, gradients, milliseconds, gap, error, abs(lift.mean())))
-        print(
-            f"{row.name:34}{values.mean():9.3f} {np.sqrt(np.sum(errors**2)) / POINTS:6.3f}"
-            f"{lift.mean():8.3f} {lift.std(ddof=1) / np.sqrt(POINTS):6.3f}"
-            f"{np.mean(found.ess) / num_samples:7.2f}{np.mean(found.pareto_k > 0.7):6.2f}"
-            f"{gradients:11.0f}{milliseconds:11.1f}{gap:10.3f} {error:6.3f}",
-            flush=True,
-        )
+        cells = [
+            row.name,
+            f"{values.mean():.3f} ± {np.sqrt(np.sum(errors**2)) / POINTS:.3f}",
+            f"{lift.mean():.3f} ± {lift.std(ddof=1) / np.sqrt(POINTS):.3f}",
+            f"{np.mean(found.ess) / num_samples:.2f}",
+            f"{np.mean(found.pareto_k > 0.7):.0%}",
+            f"{gradients:,.0f}",
+            f"{milliseconds:,.1f}",
+            f"{gap:.3f} ± {error:.3f}" if row.options is not None else "",
+        ]
+        print(f"| {' | '.join(cells)} |", flush=True)
     known = {row.name: milliseconds / 1e3 for row, _, milliseconds, *_ in table}
     for name, spent in known.items():
         record(f"log p̂ from {name}", spent, "q, 100 × 10", known["q, 100 × 10"], note="CPU seconds")
