@@ -7,9 +7,11 @@ the best weights. The folder mirrors the workdir, so that all that reads one rea
 
   OUT/runs/<run>/                config.json, summary.json, weights.npz of the runs that were named
   OUT/runs/<run>/<evaluation>/   config.json, evaluation.json, done.json, rows.jsonl.gz, bdmc.jsonl.gz
-  OUT/<experiment>/published.json   {cell: {scale: {seed: ENTRY}}}; packing again adds to it
+  OUT/<experiment>/published.json   {cell: {scale: {seed: ENTRY}}}
 
-Of an ENTRY the first two name folders, in OUT/runs; hours are None where they are not known.
+Of an ENTRY the first two name folders, in OUT/runs; hours are None where they are not known. Packing again
+adds to what is there: other seeds, which are experiments of --config.seed=1 in a workdir of their own,
+beside the first; a larger scale in the place of a smaller one, whose runs are removed.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -30,6 +33,7 @@ from infsub import config as configs
 from infsub.types import UserError
 
 FOLDER = Path("configs/paper/results")
+SCALES = tuple(experiments.SCALES)  # the largest first
 MAX_WEIGHTS = 12e6  # bytes of all weights together
 ENTRY: dict[str, type] = {
     "run": str,
@@ -154,6 +158,8 @@ def pack(workdir: Path, out: Path, weights: Sequence[str] = ()) -> list[str]:
             contents |= _run(source.parent, out / "runs" / run)
             entry = {"run": run, "evaluation": source.name} | facts
             table.setdefault(name, {}).setdefault(cell["scale"], {})[str(seed)] = entry
+        largest = {n: min(scales, key=SCALES.index) for n, scales in table.items()}
+        table = {name: {scale: table[name][scale]} for name, scale in largest.items()}
         tables[out / path.parent.name / "published.json"] = _json(table)
     runs = sorted({path.parent.name for path in contents if path.name == "summary.json"})
     if unknown := sorted(set(weights) - set(runs)):
@@ -173,6 +179,13 @@ def pack(workdir: Path, out: Path, weights: Sequence[str] = ()) -> list[str]:
     for path, content in (contents | tables).items():
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_bytes(path, content)
+    shown = {entry.folder for entry in read(out)}
+    for path in out.glob("runs/*/*/evaluation.json"):
+        if path.parent not in shown:
+            shutil.rmtree(path.parent)
+    for path in out.glob("runs/*"):
+        if not any(path.glob("*/evaluation.json")):
+            shutil.rmtree(path)
     return runs
 
 
@@ -221,13 +234,23 @@ def _evaluation(source: Path, target: Path) -> dict[Path, bytes]:
         contents[target / "done.json"] = _json(done)
     for stem in ("rows", "bdmc"):
         if rows := shards.read(source, stem):
-            lines = "".join(json.dumps(files.finite(row)) + "\n" for row in rows)
+            lines = "".join(json.dumps(_shortest(row)) + "\n" for row in rows)
             contents[target / f"{stem}.jsonl.gz"] = gzip.compress(lines.encode(), 9, mtime=0)
     if arrays := files.read_npz(source / records.POSTERIORS, records.DENSITIES):
         for name in ("images", "truth", "densities"):  # for a picture
             arrays[name] = arrays[name].astype(np.float16)
         contents[target / records.POSTERIORS] = files.npz_bytes(arrays)
     return contents
+
+
+def _shortest(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with the shortest decimals of its float32 numbers: half the bytes, the same numbers."""
+
+    def short(value: Any) -> Any:
+        single = np.float32(value) if isinstance(value, float) else None
+        return float(str(single)) if single is not None and float(single) == value else value
+
+    return {name: short(value) for name, value in files.finite(row).items()}
 
 
 def _without_paths(document: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from infsub import gaps
+from infsub.published import SCALES
 from infsub.report.runs import LoadedRun
 from infsub.rows import AMORTIZATION, APPROXIMATION, INFERENCE, LOG_PX, family_label
 
@@ -50,12 +51,15 @@ class Claim(NamedTuple):
     Attributes:
       measure: what the findings are, in words, before their numbers.
       findings: Runs -> those that can be made, [] where nothing is measured.
+      number: of findings, where all is measured.
+      needs: experiments.
       share: of the findings that must say yes; more than that.
     """
 
     statement: str
     measure: str
     findings: Callable[[Runs], list[Finding]]
+    number: int
     needs: tuple[str, ...]
     share: float = 1.0
 
@@ -152,6 +156,7 @@ CLAIMS = (
         "Amortization often costs more than the family",
         "amortization − approximation gap of the q trained with",
         amortization_dominates,
+        6,
         ("main_table",),
         share=0.5,
     ),
@@ -160,12 +165,14 @@ CLAIMS = (
         "what the best FFG misses of log p̂ is larger on the generator trained with AF than on the one "
         "trained with FFG, by",
         generators_accommodate,
+        3,
         ("main_table",),
     ),
     Claim(
         "A flow's parameters help to amortise",
         "on one decoder, the amortization gap of a linear FFG encoder − that of a linear encoder with a flow",
         flows_amortise,
+        4,
         ("flow_parameters",),
     ),
     Claim(
@@ -183,6 +190,7 @@ CLAIMS = (
             ),
             AMORTIZATION,
         ),
+        2,
         ("larger_encoder",),
     ),
     Claim(
@@ -196,6 +204,7 @@ CLAIMS = (
             ),
             AMORTIZATION,
         ),
+        2,
         ("no_annealing",),
     ),
     Claim(
@@ -209,6 +218,7 @@ CLAIMS = (
             ),
             APPROXIMATION,
         ),
+        2,
         ("no_annealing",),
     ),
     Claim(
@@ -222,6 +232,7 @@ CLAIMS = (
             ),
             APPROXIMATION,
         ),
+        2,
         ("decoder_size",),
     ),
     Claim(
@@ -235,12 +246,14 @@ CLAIMS = (
             ),
             AMORTIZATION,
         ),
+        2,
         ("test_set",),
     ),
     Claim(
         "Inference overfits before the generator does",
         "on validation points, at the last checkpoint against the best one",
         overfits_first,
+        1,
         ("over_training",),
     ),
 )
@@ -270,6 +283,8 @@ def judge(claim: Claim, cells: Cells) -> tuple[str, str]:
         verdicts = {verdict(claim, findings) for findings in found.values()}
         said = verdicts.pop() if len(verdicts) == 1 else "unclear"
         first, *others = found.values()
+        if len(first) < claim.number:
+            said += f", as far as it is measured, {len(first)} of {claim.number} times"
         figures = ", ".join(map(str, first))
         points = sorted({len(c.run.indices) for c in shown if c.scale == scale})
         where = f"scale `{scale}`, {' and '.join(map(str, points))} points, seed {min(found)}"
@@ -291,7 +306,7 @@ def judge(claim: Claim, cells: Cells) -> tuple[str, str]:
 
 
 def _by_scale(cell: Any) -> int:
-    return ("full", "paper", "small", "smoke").index(cell.scale)
+    return SCALES.index(cell.scale)
 
 
 def _runs(cells: Cells, scale: str, seed: int) -> Runs:
