@@ -2,7 +2,7 @@
 
 Command:  python -m infsub.main --config=configs/paper/larger_encoder.py --workdir=runs/paper
 Minutes:  on two cores at scale small, the default: 15 to 30 without CIFAR-10, more with it
-Expect:   amortization gap 3.06 ± 0.18 nats of [200, 200], 2.34 ± 0.15 of [500, 500], on
+Expect:   amortization gap 3.03 ± 0.18 nats of [200, 200], 2.36 ± 0.15 of [500, 500], on
           binarized_mnist
 """
 
