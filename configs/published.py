@@ -1,10 +1,10 @@
 """A published model of paper/results, measured anew from its weights: nothing is trained.
 
-Command:  python -m infsub.main --config=configs/published.py:run=binarized_mnist-gaussian-ac860d90 \\
-              --mode=evaluate --workdir=runs/again --config.data.dir=DIR
+Command:  python -m infsub.main --mode=evaluate --workdir=runs/again \\
+              --config=configs/published.py:run=binarized_mnist-gaussian-ac860d90/train-499f6c69 \\
+              --config.data.dir=DIR
 Minutes:  1 to 10 on two cores for 50 points
-Expect:   with run=RUN/EVALUATION the published L[q] and log p̂ of every datapoint to the last digit, and
-          L[q*] within 2e-5 nats
+Expect:   the published L[q] and log p̂ of every datapoint to the last digit, and L[q*] within 2e-5 nats
 """
 
 from __future__ import annotations
@@ -16,6 +16,6 @@ from infsub.config import Config, variant
 
 
 def get_config(arg: str | None = None) -> Config:
-    """The config of a published run, or with run=RUN/EVALUATION of one of its evaluations."""
+    """The config of run=RUN/EVALUATION, a folder of paper/results/runs."""
     folder = Path(__file__).parent / "paper" / "results"
     return published.config(variant(arg, run="")["run"], folder)

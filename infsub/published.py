@@ -90,20 +90,25 @@ def config(run: str, folder: Path = FOLDER) -> configs.Config:
     """The config that measures a published model anew, with init_from where its weights lie.
 
     Args:
-      run: of `folder`/runs; RUN/EVALUATION has the settings of that evaluation.
+      run: RUN/EVALUATION, folders in `folder`/runs; the settings are those of that evaluation.
       folder: of what is published.
 
     Raises:
-      UserError: there are no such weights: which there are.
+      UserError: there is no such evaluation of published weights: which there are.
     """
-    source = folder / "runs" / run.partition("/")[0]
-    if not run or not (source / checkpoints.WEIGHTS).exists():
-        known = sorted(path.parent.name for path in folder.glob(f"runs/*/{checkpoints.WEIGHTS}"))
+    source = folder / "runs" / run
+    known = [
+        path.parent
+        for weights in sorted(folder.glob(f"runs/*/{checkpoints.WEIGHTS}"))
+        for path in sorted(weights.parent.glob("*/evaluation.json"))
+    ]
+    if source not in known:
+        names = ", ".join(path.relative_to(folder / "runs").as_posix() for path in known)
         raise UserError(
-            f"{source} has no {checkpoints.WEIGHTS}; published are {', '.join(known) or 'none'}."
+            f"run={run} is no evaluation of published weights; there are {names or 'none'}."
         )
-    found = records.read_config(folder / "runs" / run).copy_and_resolve_references().unlock()
-    found.init_from, found.evaluate.name = str(source), ""
+    found = records.read_config(source).copy_and_resolve_references().unlock()
+    found.init_from, found.evaluate.name = str(source.parent), ""
     return found.lock()
 
 

@@ -48,6 +48,12 @@ def runs_of(workdir):
     return {name: Path(cell["run"]).name for name, cell in cells.items()}
 
 
+def place_of(out, cell):
+    """RUN/EVALUATION of a cell."""
+    (found,) = (p for p in published.read(out) if p.cell == cell)
+    return f"{found.facts['run']}/{found.facts['evaluation']}"
+
+
 @pytest.fixture(scope="module")
 def out(workdir):
     out = workdir.parent / "results"
@@ -121,7 +127,7 @@ def test_seeds_are_added_and_a_larger_scale_replaces_a_smaller_one(workdir, out,
 def test_measured_again_from_its_weights_it_is_the_same(workdir, out, tmp_path, cell):
     """Rows and certificate, bit for bit, of a run that was never trained here."""
     (entry,) = (p for p in published.read(out) if p.cell == cell)
-    run = f"{entry.facts['run']}/{entry.facts['evaluation']}"
+    run = place_of(out, cell)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "_NUM_DRAWN", 2)
         main.run("evaluate", published.config(run, out), tmp_path / "again")
@@ -139,8 +145,7 @@ def test_measured_again_from_its_weights_it_is_the_same(workdir, out, tmp_path, 
 
 def test_other_weights_are_not_mixed_with_these_rows(workdir, out, tmp_path):
     """Nor a run's with another's: the rows say which weights they are of."""
-    name = runs_of(workdir)["a"]
-    config = published.config(name, out)
+    config = published.config(place_of(out, "a"), out)
     main.run("evaluate", config, tmp_path / "again")
     path = tmp_path / "again" / checkpoints.WEIGHTS
     variables, step = checkpoints.load_variables(tmp_path / "again")
@@ -166,17 +171,20 @@ def test_weights_are_plain(workdir, out):
 
 
 def test_mistakes_are_told_in_a_sentence(workdir, out, tmp_path):
-    name, test = runs_of(workdir)["a"], tmp_path / "run"
-    with pytest.raises(UserError, match=rf"no has no weights\.npz; published are {name}, "):
-        published.config("no", out)
-    config = published.config(name, out).unlock()
+    name, place, test = runs_of(workdir)["a"], place_of(out, "a"), tmp_path / "run"
+    for run in ("", "no", name, f"{name}/no", f"../{out.name}/runs/{place}"):
+        with pytest.raises(
+            UserError, match=rf"run={run} is no evaluation of .*there are .*{place}"
+        ):
+            published.config(run, out)
+    config = published.config(place, out).unlock()
     config.init_from = str(tmp_path / "nowhere")
     with pytest.raises(UserError, match="nowhere holds no run"):
         main.run("evaluate", config, test)
     config.init_from, config.model.encoder.hidden = str(out / "runs" / name), (9,)
     with pytest.raises(UserError, match=r"another config: model.encoder.hidden was \[8\] and is"):
         main.run("evaluate", config, test)
-    config = published.config(name, out).unlock()
+    config = published.config(place, out).unlock()
     config.evaluate.checkpoint = "last"
     with pytest.raises(UserError, match=r"best weights alone: give config\.evaluate\.check"):
         main.run("evaluate", config, tmp_path / "last")
@@ -207,4 +215,4 @@ def test_what_cannot_be_published_is_not(workdir, out, tmp_path, monkeypatch, ca
 
 
 def test_configs_of_runs_are_complete(workdir, out):
-    configs.resolve(published.config(runs_of(workdir)["user"], out))
+    configs.resolve(published.config(place_of(out, "user"), out))

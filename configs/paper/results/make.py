@@ -20,7 +20,7 @@ sys.path.insert(0, str(HERE))
 
 import claims  # noqa: E402
 
-from infsub import files, gaps, published, records, report, rows  # noqa: E402
+from infsub import checkpoints, files, gaps, published, records, report, rows  # noqa: E402
 from infsub.report import runs as loaded  # noqa: E402
 from infsub.report import tables  # noqa: E402
 
@@ -48,11 +48,13 @@ spread stands below the table. `small` is 30 epochs for most and 50 points, wher
 Any model below that has weights is measured anew, without training, by
 
 ```
-python -m {main} --config=configs/published.py:run={run} \\
-    --mode=evaluate --workdir=runs/again --config.data.dir=DIR
+python -m {main} --mode=evaluate --workdir=runs/again \\
+    --config=configs/published.py:run={run} \\
+    --config.data.dir=DIR
 ```
 
-`run=RUN/EVALUATION` takes the settings of a published evaluation, and `--mode=report` shows the new rows."""
+with the settings of one of its evaluations, the folder that a table's last column links to, or others by
+flags; `--mode=report` shows the new rows."""
 CLAIMS = """## The claims
 
 Claims of the paper, and what it asks about annealing, decoder size and test points, put as statements.
@@ -181,8 +183,10 @@ def section(name: str, cells: dict[str, Cell], folder: Path) -> Iterator[str]:
             lines, facts = cell.run.lines, cell.entry.facts
             made = [str(facts["epochs"]), str(len(cell.run.indices)), str(cell.entry.seed)]
             numbers = [number(lines[n]) if n in lines else "–" for n in names]
-            body.append([f"`{cell.name}`", *made, *numbers, certified(cell.run)])
-        yield "\n".join(table([*heads, "certificate"], body)).strip()
+            place = f"{facts['run']}/{facts['evaluation']}"
+            link = f"[{facts['evaluation']}](runs/{place})"
+            body.append([f"`{cell.name}`", *made, *numbers, certified(cell.run), link])
+        yield "\n".join(table([*heads, "certificate", "rows"], body)).strip()
         yield from over_steps(shown)
         yield from over_seeds(shown)
         figure = folder / name / scale / "figure.png"
@@ -337,12 +341,10 @@ def reproduction(folder: Path) -> str:
 def pages(folder: Path = HERE) -> dict[str, str]:
     """{path in the folder: text} of the page and of every experiment's table."""
     cells, found = load(folder), {}
-    with_weights = sorted(path.parent.name for path in folder.glob("runs/*/weights.npz"))
-    parts = [
-        HEAD.format(main=MAIN, run=with_weights[0]),
-        CLAIMS,
-    ]
-    parts += [claims.text(cells), "## The experiments"]
+    entries = [cell.entry for shown in cells.values() for cell in shown.values()]
+    place = next(e for e in entries if (e.folder.parent / checkpoints.WEIGHTS).exists()).folder
+    run = place.relative_to(folder / "runs").as_posix()
+    parts = [HEAD.format(main=MAIN, run=run), CLAIMS, claims.text(cells), "## The experiments"]
     for name in ORDER:
         parts += section(name, cells.get(name, {}), folder)
         for scale, shown in by_scale(cells.get(name, {})).items():
