@@ -78,8 +78,7 @@ DATA_SETS: dict[str, dict[str, dict[str, Any]]] = {
     "cifar10": {
         "full": _CONV | {"train.annealing_epochs": 50},
         "paper": _CONV | {"train.annealing_epochs": 50, "evaluate.per_class": 10},
-        "small": _NARROW
-        | {"train.num_epochs": 3, "train.annealing_epochs": 1, "evaluate.per_class": 1},
+        "small": _NARROW | {"train.num_epochs": 10, "train.annealing_epochs": 3},
         "smoke": _NARROWEST,
     }
 }
