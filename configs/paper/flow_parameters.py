@@ -2,7 +2,7 @@
 
 Command:  python -m infsub.main --config=configs/paper/flow_parameters.py --workdir=runs/paper
 Minutes:  15 to 30 on two cores at scale small, the default
-Expect:   inference gap 14.3 ± 0.8 nats of a linear FFG encoder, 5.2 ± 0.2 with RNVP
+Expect:   inference gap 14.2 ± 0.8 nats of a linear FFG encoder, 5.0 ± 0.2 with RNVP
 """
 
 from __future__ import annotations

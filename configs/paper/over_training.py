@@ -2,7 +2,7 @@
 
 Command:  python -m infsub.main --config=configs/paper/over_training.py --workdir=runs/paper
 Minutes:  15 to 30 on two cores at scale small, the default
-Expect:   amortization gap on training points 7.3 ± 0.5 nats after 10 epochs, 3.6 ± 0.3 after 80
+Expect:   amortization gap on training points 7.2 ± 0.5 nats after 10 epochs, 3.6 ± 0.3 after 80
 """
 
 from __future__ import annotations
