@@ -1,7 +1,7 @@
 """How far off can log p̂ be? AIS bounded from both sides, for every model of the main table.
 
 Command:  python -m infsub.main --config=configs/paper/certificate.py --workdir=runs/paper
-Minutes:  on two cores at scale small, the default: 15 to 30 without CIFAR-10, more with it
+Minutes:  15 to 45 on two cores at scale small, the default
 Expect:   BDMC gap 0.02 ± 0.02 nats (FFG) and −0.016 ± 0.014 (AF) with 25 temperatures, on
           binarized_mnist
 """

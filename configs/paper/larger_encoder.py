@@ -1,7 +1,7 @@
 """Does an encoder of more capacity have a smaller amortization gap?
 
 Command:  python -m infsub.main --config=configs/paper/larger_encoder.py --workdir=runs/paper
-Minutes:  on two cores at scale small, the default: 15 to 30 without CIFAR-10, more with it
+Minutes:  15 to 45 on two cores at scale small, the default
 Expect:   amortization gap 3.03 ± 0.18 nats of [200, 200], 2.36 ± 0.15 of [500, 500], on
           binarized_mnist
 """

@@ -2,7 +2,7 @@
 
 Command:  python -m infsub.main --config=configs/paper/local_steps.py --workdir=runs/paper
 Minutes:  15 to 30 on two cores at scale small, the default
-Expect:   L[q*] − L of FFG 3.06 ± 0.18 nats at the encoder's q, 0.10 ± 0.02 after 100 steps
+Expect:   L[q*] − L of FFG 3.03 ± 0.18 nats at the encoder's q, 0.100 ± 0.017 after 100 steps
 """
 
 from __future__ import annotations

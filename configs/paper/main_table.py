@@ -1,7 +1,7 @@
 """The paper's main table: does inference lose its nats by approximation or by amortization?
 
 Command:  python -m infsub.main --config=configs/paper/main_table.py --workdir=runs/paper
-Minutes:  on two cores at scale small, the default: 15 to 30 without CIFAR-10, more with it
+Minutes:  15 to 45 on two cores at scale small, the default
 Expect:   trained with FFG, approximation gap 3.35 ± 0.05 nats, amortization gap 3.03 ± 0.18, on
           binarized_mnist
 """
