@@ -175,9 +175,9 @@ def _ours(config: configs.Config, workdir: Path, run: dict[str, Any], root: Key)
     initial = run["identified"].get("initial weights", "")
     records.check_same(run, workdir, configs.identified(config, dataset.identity, initial))
     variables, step = checkpoints.load_variables(workdir, settings.checkpoint)
+    facts: dict[str, Any] = {"step": step, _WEIGHTS: imported.digest(variables)}
     variables = jax.device_put(variables)
     vae = make_vae(config.model, dataset.image_shape, dataset.levels)
-    facts: dict[str, Any] = {"step": step, _WEIGHTS: imported.digest(variables)}
     if settings.split == "model":
         number = settings.first or 10 * settings.per_class
         split = simulate(stream(root, Stream.IMAGES), vae, variables, number)

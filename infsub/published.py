@@ -129,7 +129,7 @@ def claim(config: configs.Config, workdir: Path) -> None:
             f"config.init_from={source} holds the weights of another config: {'; '.join(differing)}. "
             "Give the config that it was made with; configs/published.py has those that are published."
         )
-    arrays = checkpoints.weights(*checkpoints.load_variables(source), run["identity"])
+    arrays = _weights(source)
     workdir.mkdir(parents=True, exist_ok=True)
     files.write_npz(workdir / checkpoints.WEIGHTS, arrays)
     files.write_json(workdir / "config.json", run | {"config": configs.to_json(config)})
@@ -144,9 +144,13 @@ def pack(workdir: Path, out: Path, weights: Sequence[str] = ()) -> list[str]:
       weights: runs whose weights are published too.
 
     Raises:
-      UserError: no such run, weights that are too large together, cells.json of an older infsub, or
-        files that are not a run's. Nothing is written then.
+      UserError: OUT is a workdir itself, no such run, weights that are too large together, cells.json
+        of an older infsub, or files that are not a run's. Nothing is written then.
     """
+    if any(out.glob("*/cells.json")):  # what is not published would be removed from it
+        raise UserError(
+            f"--out={out} is a workdir of experiments: give another folder to publish in."
+        )
     contents, tables = {}, {}
     if (workdir / "config.json").exists():
         contents = _evaluation(workdir, out)
@@ -170,9 +174,7 @@ def pack(workdir: Path, out: Path, weights: Sequence[str] = ()) -> list[str]:
     if unknown := sorted(set(weights) - set(runs)):
         raise UserError(f"--weights names {', '.join(unknown)}; done are {', '.join(runs)}.")
     for name in weights:
-        source = workdir / "runs" / name
-        variables, step = checkpoints.load_variables(source)
-        arrays = checkpoints.weights(variables, step, records.read_run(source)["identity"])
+        arrays = _weights(workdir / "runs" / name)
         contents[out / "runs" / name / checkpoints.WEIGHTS] = files.npz_bytes(arrays)
     sizes = {path: path.stat().st_size for path in out.glob(f"runs/*/{checkpoints.WEIGHTS}")}
     sizes |= {path: len(c) for path, c in contents.items() if path.name == checkpoints.WEIGHTS}
@@ -194,13 +196,18 @@ def pack(workdir: Path, out: Path, weights: Sequence[str] = ()) -> list[str]:
     return runs
 
 
+def _weights(source: Path) -> dict[str, np.ndarray]:
+    """The arrays of a run's weights.npz."""
+    identity = records.read_run(source)["identity"]
+    return checkpoints.weights(*checkpoints.load_variables(source), identity)
+
+
 def _facts(run: Path, evaluation: Path) -> tuple[int, dict[str, Any]]:
     """The seed, and of an ENTRY what is not a folder."""
     document = records.read_run(evaluation)
     progress = files.read_json(run / "progress.json") or {}
-    seconds = [progress.get(f"seconds_{part}") for part in ("tracing", "compiling", "running")]
     measured = files.read_json(evaluation / "progress.evaluation.json", records.PROGRESS) or {}
-    known = all(isinstance(value, int | float) for value in seconds)
+    spent = records.spent(progress)
     settings, when = document["config"], measured.get("time")
     return settings["seed"], {
         "points": len(shards.read(evaluation, "rows")),
@@ -209,7 +216,7 @@ def _facts(run: Path, evaluation: Path) -> tuple[int, dict[str, Any]]:
         "machine": document.get("machine") or records.machine(),
         "revision": document.get("git_revision", ""),
         # Of the process that ended the training: of one that was stopped meanwhile not all.
-        "hours": round(sum(map(float, seconds)) / 3600, 3) if known else None,  # pyright: ignore
+        "hours": round(spent.seconds / 3600, 3) if spent else None,
     }
 
 

@@ -218,7 +218,7 @@ def status(workdir: Path) -> str:
         if progress["done"] < progress["total"] and ago < 120 and left is not None:
             end = time.strftime("%d %b %H:%M", time.localtime(time.time() + left))
             lines.append(("time left", f"{files.duration(left)}, until {end}"))
-        lines += _status_of_seconds("its time", progress)
+        lines += _status_of_seconds("time spent", progress)
     for member, folder in configs.runs(config, workdir):
         lines += _status_of_one(folder, f"seed {member.seed}", per_epoch)
     return "\n".join(f"{name:<12}{text}" for name, text in lines)
@@ -245,12 +245,17 @@ def _nats(value: Any) -> str:
     return f"{value:.2f}" if isinstance(value, int | float) else "unknown"
 
 
-def _status_of_seconds(label: str, progress: dict[str, Any]) -> list[tuple[str, str]]:
-    """Where the last process's seconds went; nothing where the file does not say."""
+def spent(progress: dict[str, Any]) -> compilations.Spent | None:
+    """Where the seconds of the last process that wrote a progress file went; None where it does not say."""
     try:
-        return [(label, str(compilations.Spent.from_json(progress)))]
+        return compilations.Spent.from_json(progress)
     except (KeyError, TypeError):
-        return []
+        return None
+
+
+def _status_of_seconds(label: str, progress: dict[str, Any]) -> list[tuple[str, str]]:
+    found = spent(progress)
+    return [(label, str(found))] if found else []
 
 
 def _status_of_one(workdir: Path, label: str, per_epoch: int) -> list[tuple[str, str]]:
@@ -359,11 +364,16 @@ def machine() -> str:
     devices = jax.local_devices()
     if devices[0].platform != "cpu":
         return f"{len(devices)} {devices[0].device_kind}"
+    return f"{os.cpu_count()} cores of {processor()}"
+
+
+def processor() -> str:
+    """Its name, where Linux says it, else its kind."""
     lines = []
     with contextlib.suppress(OSError):  # not Linux
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{os.cpu_count()} cores of {names[0] if names else platform.machine()}"
+    return names[0] if names else platform.machine()
 
 
 def git_revision() -> str:

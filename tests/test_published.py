@@ -217,5 +217,19 @@ def test_what_cannot_be_published_is_not(workdir, out, tmp_path, monkeypatch, ca
     assert not (tmp_path / "out").exists()
 
 
+def test_a_workdir_is_not_published_in(workdir, out, tmp_path, capsys):
+    """Else what is not done in it would be removed, as what nobody shows is."""
+    copy = shutil.copytree(workdir, tmp_path / "paper")
+    (unfinished := copy / "runs/unfinished").mkdir()
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    assert published.main([f"--workdir={copy}", f"--out={copy}"]) == 2
+    assert "is a workdir of experiments: give another folder" in capsys.readouterr().err
+    assert unfinished.exists()
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+
+
 def test_configs_of_runs_are_complete(workdir, out):
-    configs.resolve(published.config(place_of(out, "user"), out))
+    """They are resolved as a command line's are, with no field that another machine lacks."""
+    found = configs.resolve(published.config(place_of(out, "user"), out))
+    assert found.model.posterior.name == "planar"
+    assert found.data.dir == ""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -28,17 +27,13 @@ WRITTEN = HERE.parents[1] / "runs" / "bench.json"
 
 def machine() -> dict[str, Any]:
     """Where and when."""
-    lines = (
-        Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
-    )
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     probe = "import jax; d = jax.devices(); print(len(d), d[0].device_kind)"
     devices = subprocess.run(
         [sys.executable, "-c", probe], capture_output=True, text=True, check=True
     )
     return {
         "date": datetime.date.today().isoformat(),
-        "processor": names[0] if names else platform.machine(),
+        "processor": records.processor(),
         "cores": os.cpu_count(),
         "devices": devices.stdout.strip(),
         "load": os.getloadavg()[0],

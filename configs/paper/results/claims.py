@@ -17,7 +17,7 @@ import numpy as np
 from infsub import gaps
 from infsub.published import SCALES
 from infsub.report.runs import LoadedRun
-from infsub.rows import AMORTIZATION, APPROXIMATION, INFERENCE, LOG_PX, family_label
+from infsub.rows import AMORTIZATION, APPROXIMATION, LOG_PX, family_label
 
 Cells = Mapping[str, Mapping[str, Any]]  # {experiment: {cell: make.Cell}}
 Runs = Callable[[str, str], "LoadedRun | None"]  # (experiment, cell) -> its run of one seed
@@ -120,7 +120,7 @@ def between(
         for of, first, second in pairs:
             a, b = runs(experiment, first), runs(experiment, second)
             if a and b:
-                name = quantity.name if quantity is INFERENCE else own(a, quantity)
+                name = own(a, quantity)
                 found.append(difference(of, a, name, b, name))
         return found
 
@@ -151,6 +151,10 @@ def overfits_first(runs: Runs) -> list[Finding]:
     return [ahead]
 
 
+ANNEALING = (
+    ("FFG", "gaussian_none", "gaussian_entropy"),
+    ("AF", "auxiliary_none", "auxiliary_entropy"),
+)
 CLAIMS = (
     Claim(
         "Amortization often costs more than the family",
@@ -196,28 +200,14 @@ CLAIMS = (
     Claim(
         "Training without entropy annealing leaves larger amortization gaps",
         "without − with annealing",
-        between(
-            "no_annealing",
-            (
-                ("FFG", "gaussian_none", "gaussian_entropy"),
-                ("AF", "auxiliary_none", "auxiliary_entropy"),
-            ),
-            AMORTIZATION,
-        ),
+        between("no_annealing", ANNEALING, AMORTIZATION),
         2,
         ("no_annealing",),
     ),
     Claim(
         "Training without entropy annealing leaves larger approximation gaps",
         "without − with annealing",
-        between(
-            "no_annealing",
-            (
-                ("FFG", "gaussian_none", "gaussian_entropy"),
-                ("AF", "auxiliary_none", "auxiliary_entropy"),
-            ),
-            APPROXIMATION,
-        ),
+        between("no_annealing", ANNEALING, APPROXIMATION),
         2,
         ("no_annealing",),
     ),

@@ -7,6 +7,7 @@ it is published; the claims of the paper are judged by `claims.py`.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 from collections.abc import Iterator, Sequence
@@ -113,30 +114,26 @@ class Cell(NamedTuple):
         return self.entries[min(self.entries)]
 
 
+@functools.cache
 def load(folder: Path = HERE) -> dict[str, dict[str, Cell]]:
     """{experiment: {cell: Cell}} of what is published, each cell at its largest scale."""
     found: dict[tuple[str, str], dict[str, dict[int, published.Published]]] = {}
     for entry in published.read(folder):
         scales = found.setdefault((entry.experiment, entry.cell), {})
         scales.setdefault(entry.scale, {})[entry.seed] = entry
-    evaluations: dict[tuple[Path, str], loaded.LoadedRun] = {}
     cells: dict[str, dict[str, Cell]] = {}
     for name in ORDER:
         for cell in dict(config_of(name).experiment.cells):
             scales = found.get((name, cell), {})
             scale = next((scale for scale in published.SCALES if scale in scales), "")
             if scale:
-                entries = scales[scale]
-                runs = {}
-                for seed, entry in sorted(entries.items()):
-                    key = entry.folder, cell
-                    if key not in evaluations:
-                        evaluations[key] = loaded.load_run(str(entry.folder), cell)
-                    runs[seed] = evaluations[key]
+                entries = dict(sorted(scales[scale].items()))
+                runs = {n: loaded.load_run(str(e.folder), cell) for n, e in entries.items()}
                 cells.setdefault(name, {})[cell] = Cell(cell, scale, runs, entries)
     return cells
 
 
+@functools.cache
 def config_of(name: str) -> Any:
     """The config of configs/paper/NAME.py."""
     spec: Any = importlib.util.spec_from_file_location(name, HERE.parent / f"{name}.py")
@@ -168,10 +165,7 @@ def section(name: str, cells: dict[str, Cell], folder: Path) -> Iterator[str]:
     """An experiment's part of the page."""
     given = config_of(name).experiment
     yield f"### {name}\n\n**{given.question}**"
-    for scale in published.SCALES:
-        shown = [cell for cell in cells.values() if cell.scale == scale]
-        if not shown:
-            continue
+    for scale, shown in by_scale(cells).items():
         yield (
             f"```\npython -m {MAIN} --config=configs/paper/{name}.py --workdir=runs/paper \\\n"
             f"    --config.scale={scale} --config.data.dir=DIR\n```"
@@ -356,11 +350,9 @@ def pages(folder: Path = HERE) -> dict[str, str]:
 
 
 def by_scale(cells: dict[str, Cell]) -> dict[str, list[Cell]]:
-    """The cells that are shown at each scale."""
-    found: dict[str, list[Cell]] = {}
-    for cell in cells.values():
-        found.setdefault(cell.scale, []).append(cell)
-    return found
+    """The cells that are shown at each scale, the largest first."""
+    found = {s: [cell for cell in cells.values() if cell.scale == s] for s in published.SCALES}
+    return {scale: shown for scale, shown in found.items() if shown}
 
 
 def draw(folder: Path = HERE) -> None:
