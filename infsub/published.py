@@ -144,8 +144,8 @@ def pack(workdir: Path, out: Path, weights: Sequence[str] = ()) -> list[str]:
       weights: runs whose weights are published too.
 
     Raises:
-      UserError: OUT is a workdir itself, no such run, weights that are too large together, cells.json
-        of an older infsub, or files that are not a run's. Nothing is written then.
+      UserError: OUT is a workdir itself, nothing is done, no such run, weights that are too large
+        together, cells.json of an older infsub, or files that are not a run's. Nothing is written then.
     """
     if any(out.glob("*/cells.json")):  # what is not published would be removed from it
         raise UserError(
@@ -170,6 +170,8 @@ def pack(workdir: Path, out: Path, weights: Sequence[str] = ()) -> list[str]:
         largest = {n: min(scales, key=SCALES.index) for n, scales in table.items()}
         table = {name: {scale: table[name][scale]} for name, scale in largest.items()}
         tables[out / path.parent.name / "published.json"] = _json(table)
+    if not contents:
+        raise UserError(f"--workdir={workdir} holds nothing that is measured to its end.")
     runs = sorted({path.parent.name for path in contents if path.name == "summary.json"})
     if unknown := sorted(set(weights) - set(runs)):
         raise UserError(f"--weights names {', '.join(unknown)}; done are {', '.join(runs)}.")

@@ -282,7 +282,7 @@ def _status_of_one(workdir: Path, label: str, per_epoch: int) -> list[tuple[str,
     num_rows, lacking = len(shards.read(workdir, "rows")), missing(workdir)
     lines.append(("", f"{num_rows} datapoints evaluated{f', {lacking}' if lacking else ''}"))
     for path in sorted(workdir.glob("progress.evaluation*.json")):
-        lines += _status_of_seconds("", files.read_json(path, PROGRESS) or {})
+        lines += _status_of_seconds("evaluating", files.read_json(path, PROGRESS) or {})
     tables = sorted(p.name for p in workdir.glob("table.*"))
     lines.append(("", f"reported: {', '.join(tables)}" if tables else "not reported"))
     return lines

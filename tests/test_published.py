@@ -202,6 +202,8 @@ def test_mistakes_are_told_in_a_sentence(workdir, out, tmp_path):
 
 def test_what_cannot_be_published_is_not(workdir, out, tmp_path, monkeypatch, capsys):
     name = runs_of(workdir)["a"]
+    assert published.main([f"--workdir={tmp_path / 'none'}", f"--out={tmp_path / 'out'}"]) == 2
+    assert "none holds nothing that is measured to its end" in capsys.readouterr().err
     arguments = [f"--workdir={workdir}", f"--out={tmp_path / 'out'}"]
     assert published.main([*arguments, "--weights=no"]) == 2
     assert f"--weights names no; done are {name}" in capsys.readouterr().err
