@@ -68,8 +68,9 @@ def softplus(a: Pixels) -> Pixels:
     in every leapfrog step. Here it is σ(a). The value errs by 10⁻⁷, an ulp of 1, which is nothing in a
     sum of log densities; where tiny values are to be told apart, as in scales, take jax's.
     """
-    # log1p costs twice as much on a CPU, and as exp(−|a|) ≤ 1 the plain log errs by an ulp of 1.
-    return jnp.maximum(a, 0) + jnp.log(1 + jnp.exp(-jnp.abs(a)))
+    # log1p costs twice as much on a CPU, and as exp(−|a|) ≤ 1 the plain log errs by an ulp of 1. With
+    # a maximum for the where, XLA fuses all of it into the last matrix product: on one thread twice as long.
+    return jnp.where(a < 0, 0, a) + jnp.log(1 + jnp.exp(-jnp.abs(a)))
 
 
 @softplus.defjvp
