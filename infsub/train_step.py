@@ -1,7 +1,7 @@
 """What runs on the device in training: steps, whole epochs, validation, pictures.
 
 Nothing random is stored: the permutation of an epoch is fold_in(key, epoch), the noise of a step
-fold_in(key, step). How many steps a dispatch takes changes no number. S models train at once.
+fold_in(key, step). How many steps a dispatch takes changes no number. S models train in one.
 """
 
 from __future__ import annotations
