@@ -121,6 +121,16 @@ def test_who_beats_whom(tmp_path):
     assert [cell.config.train.num_epochs for cell in expand(config, tmp_path, overrides)] == [5, 5]
 
 
+def test_at_full_an_encoder_alone_trains_a_tenth_of_the_way(tmp_path):
+    """On a frozen decoder, which itself trains as the authors' does; and the user's word is last."""
+    for scale, epochs in (("full", (3280, 328)), ("small", (30, 30)), ("paper", (3280, 3280))):
+        config, overrides = overridden(a_config(), scale=scale)
+        cells = by_name(expand(config, tmp_path, overrides))
+        assert tuple(cells[n].config.train.num_epochs for n in ("source", "user")) == epochs
+    config, overrides = overridden(a_config(), scale="full", train__num_epochs=5)
+    assert by_name(expand(config, tmp_path, overrides))["user"].config.train.num_epochs == 5
+
+
 @pytest.mark.parametrize(
     ("cells", "message"),
     [

@@ -12,17 +12,19 @@ from infsub.experiments import experiment
 
 
 def get_config() -> Config:
-    """q_FFG and q_AF, trained with and without entropy annealing."""
+    """q_FFG and q_AF, trained with and without entropy annealing; the gaps at test points too."""
     return experiment(
         "no_annealing",
         "What does annealing do to both gaps?",
         cells={
-            f"{q}_{annealing}": {
+            f"{q}_{annealing}{at}": {
                 "data.name": "binarized_mnist",
                 "model.posterior.name": q,
                 "train.annealing": annealing,
+                "evaluate.split": split,
                 "evaluate.local.families": (q,),
             }
+            for at, split in (("", "train"), ("_test", "test"))
             for q in ("gaussian", "auxiliary")
             for annealing in ("entropy", "none")
         },
