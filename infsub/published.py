@@ -11,7 +11,8 @@ the best weights. The folder mirrors the workdir, so that all that reads one rea
 
 Of an ENTRY the first two name folders, in OUT/runs; hours are None where they are not known. Packing again
 adds to what is there: other seeds, which are experiments of --config.seed=1 in a workdir of their own,
-beside the first; a larger scale in the place of a smaller one, whose runs are removed.
+beside the first; a larger scale beside a smaller one, which is removed with its runs once every cell of
+the experiment that it has is there at a larger one.
 """
 
 from __future__ import annotations
@@ -167,9 +168,7 @@ def pack(workdir: Path, out: Path, weights: Sequence[str] = ()) -> list[str]:
             contents |= _run(source.parent, out / "runs" / run)
             entry = {"run": run, "evaluation": source.name} | facts
             table.setdefault(name, {}).setdefault(cell["scale"], {})[str(seed)] = entry
-        largest = {n: min(scales, key=SCALES.index) for n, scales in table.items()}
-        table = {name: {scale: table[name][scale]} for name, scale in largest.items()}
-        tables[out / path.parent.name / "published.json"] = _json(table)
+        tables[out / path.parent.name / "published.json"] = _json(_without_smaller(table))
     if not contents:
         raise UserError(f"--workdir={workdir} holds nothing that is measured to its end.")
     runs = sorted({path.parent.name for path in contents if path.name == "summary.json"})
@@ -196,6 +195,22 @@ def pack(workdir: Path, out: Path, weights: Sequence[str] = ()) -> list[str]:
         if not any(path.glob("*/evaluation.json")):
             shutil.rmtree(path)
     return runs
+
+
+def _without_smaller(table: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """A published.json without the scales of which every cell is there at a larger one.
+
+    Not cell by cell: what an experiment compares it compares at one scale.
+    """
+    needed, larger = set(), set()
+    for scale in SCALES:
+        having = {name for name, scales in table.items() if scale in scales}
+        needed |= {scale} if having - larger else set()
+        larger |= having
+    return {
+        name: {scale: seeds for scale, seeds in scales.items() if scale in needed}
+        for name, scales in table.items()
+    }
 
 
 def _weights(source: Path) -> dict[str, np.ndarray]:

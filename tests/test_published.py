@@ -111,6 +111,7 @@ def test_packed_again_it_is_the_same_to_the_byte(workdir, out):
 
 
 def test_seeds_are_added_and_a_larger_scale_replaces_a_smaller_one(workdir, out, tmp_path):
+    """Once all of the experiment is there at the larger one, for scales are not compared."""
     here, there = tmp_path / "paper", shutil.copytree(out, tmp_path / "results")
     shutil.copytree(workdir, here)
     shutil.copytree(there / "runs" / runs_of(workdir)["a"], there / "runs/of-nobody")
@@ -121,9 +122,16 @@ def test_seeds_are_added_and_a_larger_scale_replaces_a_smaller_one(workdir, out,
     assert {(p.scale, p.seed) for p in published.read(there)} == {("smoke", 0), ("smoke", 3)}
     assert not (there / "runs/of-nobody").exists()
     cells = here / "e/cells.json"
-    cells.write_text(cells.read_text().replace('"smoke"', '"small"'))
+    larger = json.loads(cells.read_text().replace('"smoke"', '"small"'))
+    cells.write_text(json.dumps({"a": larger["a"]}))
     published.pack(here, there)
-    assert {(p.scale, p.seed) for p in published.read(there)} == {("small", 3)}
+    smaller = {(cell, "smoke", seed) for cell in CELLS for seed in (0, 3)}
+    found = {(p.cell, p.scale, p.seed) for p in published.read(there)}
+    assert found == smaller | {("a", "small", 3)}
+    cells.write_text(json.dumps(larger))
+    published.pack(here, there)
+    found = {(p.cell, p.scale, p.seed) for p in published.read(there)}
+    assert found == {(cell, "small", 3) for cell in CELLS}
 
 
 @pytest.mark.parametrize("cell", ["a", "user"])

@@ -94,15 +94,19 @@ def a_run(amortization, approximation, family="gaussian", noise=0.1, num_points=
 
 
 def cells_of(experiment, runs, scale="small"):
-    """{experiment: {cell: Cell}} of {cell: [runs of seed 0, 1, …]}."""
-    return {
-        experiment: {
-            name: make.Cell(name, scale, dict(enumerate(seeds)), {}) for name, seeds in runs.items()
-        }
+    """{experiment: {scale: {cell: Cell}}} of {cell: [runs of seed 0, 1, …]}."""
+    cells = {
+        name: make.Cell(name, scale, dict(enumerate(seeds)), {}) for name, seeds in runs.items()
     }
+    return {experiment: {scale: cells}}
 
 
 def judged(statement, cells):
+    """At the largest scale."""
+    return all_judged(statement, cells)[0]
+
+
+def all_judged(statement, cells):
     (claim,) = [claim for claim in claims.CLAIMS if statement in claim.statement]
     return claims.judge(claim, cells)
 
@@ -143,9 +147,27 @@ def test_often_is_more_than_half():
 def test_scales_are_not_compared_and_the_absent_is_not_judged():
     smaller = cells_of("larger_encoder", {"encoder_200_200": [a_run(3, 1)]})
     larger = cells_of("larger_encoder", {"encoder_500_500": [a_run(2, 1)]}, "full")
-    both = {"larger_encoder": smaller["larger_encoder"] | larger["larger_encoder"]}
+    both = {"larger_encoder": larger["larger_encoder"] | smaller["larger_encoder"]}
     for cells in ({}, smaller, larger, both):
-        assert judged("larger encoder", cells)[0] == "not measured yet"
+        assert all_judged("larger encoder", cells) == [
+            ("not measured yet", "it needs larger_encoder.")
+        ]
+
+
+def test_a_smaller_scale_has_its_say_until_all_of_a_claim_is_measured_at_a_larger_one():
+    names = ("gaussian_none", "gaussian_entropy", "auxiliary_none", "auxiliary_entropy")
+    gaps = {name: [a_run(2 + ("none" in name), 1, name.split("_")[0])] for name in names}
+    small, full = gaps, {n: gaps[n] for n in names[:2]}
+    cells = cells_of("no_annealing", full, "full")
+    cells["no_annealing"] |= cells_of("no_annealing", small)["no_annealing"]
+    statement = "leaves larger amortization gaps"
+    (said, sentence), (below, also) = all_judged(statement, cells)
+    assert (said, below) == ("confirmed, as far as it is measured, 1 of 2 times", "confirmed")
+    assert "scale `full`" in sentence
+    assert "scale `small`" in also
+    cells = cells_of("no_annealing", small, "full")
+    cells["no_annealing"] |= cells_of("no_annealing", small)["no_annealing"]
+    assert [said for said, _ in all_judged(statement, cells)] == ["confirmed"]
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """Makes the page of results, README.md beside this file, from the rows that are committed here.
 
 Command:  make results
-Nothing is trained or measured, and no data set is needed. A cell is shown at the largest scale at which
-it is published; the claims of the paper are judged by `claims.py`.
+Nothing is trained or measured, and no data set is needed. An experiment is shown at every scale at which
+it is published, the largest first; the claims of the paper are judged by `claims.py`.
 """
 
 from __future__ import annotations
@@ -115,21 +115,20 @@ class Cell(NamedTuple):
 
 
 @functools.cache
-def load(folder: Path = HERE) -> dict[str, dict[str, Cell]]:
-    """{experiment: {cell: Cell}} of what is published, each cell at its largest scale."""
-    found: dict[tuple[str, str], dict[str, dict[int, published.Published]]] = {}
+def load(folder: Path = HERE) -> dict[str, claims.Scales]:
+    """{experiment: {scale: {cell: Cell}}} of what is published, in their order, the largest scale first."""
+    found: dict[tuple[str, str, str], dict[int, published.Published]] = {}
     for entry in published.read(folder):
-        scales = found.setdefault((entry.experiment, entry.cell), {})
-        scales.setdefault(entry.scale, {})[entry.seed] = entry
-    cells: dict[str, dict[str, Cell]] = {}
+        seeds = found.setdefault((entry.experiment, entry.scale, entry.cell), {})
+        seeds[entry.seed] = entry
+    cells: dict[str, dict[str, dict[str, Cell]]] = {}
     for name in ORDER:
-        for cell in dict(config_of(name).experiment.cells):
-            scales = found.get((name, cell), {})
-            scale = next((scale for scale in published.SCALES if scale in scales), "")
-            if scale:
-                entries = dict(sorted(scales[scale].items()))
-                runs = {n: loaded.load_run(str(e.folder), cell) for n, e in entries.items()}
-                cells.setdefault(name, {})[cell] = Cell(cell, scale, runs, entries)
+        for scale in published.SCALES:
+            for cell in dict(config_of(name).experiment.cells):
+                if entries := dict(sorted(found.get((name, scale, cell), {}).items())):
+                    runs = {n: loaded.load_run(str(e.folder), cell) for n, e in entries.items()}
+                    shown = cells.setdefault(name, {}).setdefault(scale, {})
+                    shown[cell] = Cell(cell, scale, runs, entries)
     return cells
 
 
@@ -161,11 +160,12 @@ def columns_of(cells: Sequence[Cell]) -> list[str]:
     return [name for name in names if rows.get(name).quantity in SHOWN]
 
 
-def section(name: str, cells: dict[str, Cell], folder: Path) -> Iterator[str]:
+def section(name: str, scales: claims.Scales, folder: Path) -> Iterator[str]:
     """An experiment's part of the page."""
     given = config_of(name).experiment
     yield f"### {name}\n\n**{given.question}**"
-    for scale, shown in by_scale(cells).items():
+    for scale, cells in scales.items():
+        shown = list(cells.values())
         yield (
             f"```\npython -m {MAIN} --config=configs/paper/{name}.py --workdir=runs/paper \\\n"
             f"    --config.scale={scale} --config.data.dir=DIR\n```"
@@ -191,8 +191,9 @@ def section(name: str, cells: dict[str, Cell], folder: Path) -> Iterator[str]:
             f"[All lines, intervals, verdicts, settings and datapoints to look at]({path}), at scale "
             f"`{scale}`, {seeds(shown)}."
         )
-    missing = [f"`{cell}`" for cell in dict(given.cells) if cell not in cells]
-    if not cells:
+    measured = {cell for cells in scales.values() for cell in cells}
+    missing = [f"`{cell}`" for cell in dict(given.cells) if cell not in measured]
+    if not measured:
         yield "Not measured yet."
     elif missing:
         yield f"Not measured yet: {', '.join(missing)}."
@@ -244,15 +245,21 @@ def over_seeds(cells: Sequence[Cell]) -> Iterator[str]:
         yield "\n".join(table(heads, body)).strip()
 
 
-def models(cells: dict[str, dict[str, Cell]]) -> dict[str, list[Cell]]:
+def models(cells: dict[str, claims.Scales]) -> dict[str, list[Cell]]:
     """{run: the cells that show it}, with a cell a seed."""
     found: dict[str, list[Cell]] = {}
-    for experiment in cells.values():
-        for cell in experiment.values():
-            for seed, entry in cell.entries.items():
-                one = cell._replace(runs={seed: cell.runs[seed]}, entries={seed: entry})
-                found.setdefault(entry.facts["run"], []).append(one)
+    for cell in all_of(cells):
+        for seed, entry in cell.entries.items():
+            one = cell._replace(runs={seed: cell.runs[seed]}, entries={seed: entry})
+            found.setdefault(entry.facts["run"], []).append(one)
     return dict(sorted(found.items()))
+
+
+def all_of(cells: dict[str, claims.Scales]) -> list[Cell]:
+    """The cells of all experiments, at all scales."""
+    return [
+        cell for scales in cells.values() for shown in scales.values() for cell in shown.values()
+    ]
 
 
 def certificates(shown: Sequence[Cell]) -> tuple[str, bool]:
@@ -273,7 +280,7 @@ def certificates(shown: Sequence[Cell]) -> tuple[str, bool]:
     return certified(best), best.lines[rows.CERTIFICATE.name].mean.mean <= MAX_CERTIFICATE
 
 
-def model_section(cells: dict[str, dict[str, Cell]], folder: Path) -> Iterator[str]:
+def model_section(cells: dict[str, claims.Scales], folder: Path) -> Iterator[str]:
     """Which models there are, how they were made, and how far their log p̂ can be believed."""
     body, uncertain = [], []
     for run, shown in models(cells).items():
@@ -335,36 +342,31 @@ def reproduction(folder: Path) -> str:
 def pages(folder: Path = HERE) -> dict[str, str]:
     """{path in the folder: text} of the page and of every experiment's table."""
     cells, found = load(folder), {}
-    entries = [cell.entry for shown in cells.values() for cell in shown.values()]
+    entries = [cell.entry for cell in all_of(cells)]
     place = next(e for e in entries if (e.folder.parent / checkpoints.WEIGHTS).exists()).folder
     run = place.relative_to(folder / "runs").as_posix()
     parts = [HEAD.format(main=MAIN, run=run), CLAIMS, claims.text(cells), "## The experiments"]
     for name in ORDER:
         parts += section(name, cells.get(name, {}), folder)
-        for scale, shown in by_scale(cells.get(name, {})).items():
+        for scale, shown in cells.get(name, {}).items():
             question = config_of(name).experiment.question
             title = f"{question} ({name}, scale {scale})"
-            found[f"{name}/{scale}/table.md"] = tables.document([c.run for c in shown], title)
+            runs = [cell.run for cell in shown.values()]
+            found[f"{name}/{scale}/table.md"] = tables.document(runs, title)
     parts += [reproduction(folder), *model_section(cells, folder)]
     return found | {"README.md": "\n\n".join(parts) + "\n"}
-
-
-def by_scale(cells: dict[str, Cell]) -> dict[str, list[Cell]]:
-    """The cells that are shown at each scale, the largest first."""
-    found = {s: [cell for cell in cells.values() if cell.scale == s] for s in published.SCALES}
-    return {scale: shown for scale, shown in found.items() if shown}
 
 
 def draw(folder: Path = HERE) -> None:
     """Every experiment's figure."""
     from infsub.report import figures
 
-    for name, cells in load(folder).items():
+    for name, scales in load(folder).items():
         given = config_of(name).experiment.figure.to_dict()
-        for scale, shown in by_scale(cells).items():
+        for scale, shown in scales.items():
             path = folder / name / scale / "figure.png"
-            folders = {cell.name: cell.entry.folder for cell in shown}
-            figure = report.draw([cell.run for cell in shown], given, folders)
+            folders = {cell.name: cell.entry.folder for cell in shown.values()}
+            figure = report.draw([cell.run for cell in shown.values()], given, folders)
             if isinstance(figure, str):
                 path.unlink(missing_ok=True)
                 continue
