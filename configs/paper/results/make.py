@@ -121,14 +121,16 @@ def load(folder: Path = HERE) -> dict[str, claims.Scales]:
     for entry in published.read(folder):
         seeds = found.setdefault((entry.experiment, entry.scale, entry.cell), {})
         seeds[entry.seed] = entry
-    cells: dict[str, dict[str, dict[str, Cell]]] = {}
+    cells: dict[str, claims.Scales] = {}
     for name in ORDER:
+        scales: dict[str, dict[str, Cell]] = {}
         for scale in published.SCALES:
             for cell in dict(config_of(name).experiment.cells):
                 if entries := dict(sorted(found.get((name, scale, cell), {}).items())):
                     runs = {n: loaded.load_run(str(e.folder), cell) for n, e in entries.items()}
-                    shown = cells.setdefault(name, {}).setdefault(scale, {})
-                    shown[cell] = Cell(cell, scale, runs, entries)
+                    scales.setdefault(scale, {})[cell] = Cell(cell, scale, runs, entries)
+        if scales:
+            cells[name] = scales
     return cells
 
 
