@@ -364,7 +364,10 @@ def machine() -> str:
     devices = jax.local_devices()
     if devices[0].platform != "cpu":
         return f"{len(devices)} {devices[0].device_kind}"
-    return f"{os.cpu_count()} cores of {processor()}"
+    cores = os.cpu_count()
+    with contextlib.suppress(AttributeError):  # not Linux
+        cores = len(os.sched_getaffinity(0))  # taskset and clusters give a process some of them
+    return f"{cores} core{'' if cores == 1 else 's'} of {processor()}"
 
 
 def processor() -> str:

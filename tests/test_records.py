@@ -160,3 +160,10 @@ def test_status_knows_no_time_left_before_the_second_dispatch(tmp_path):
     records.write_progress(tmp_path / "progress.json", progress, 100.0, spent)
     assert "epoch 1 of 100, 100 examples/s" in records.status(tmp_path)
     assert "time left" not in records.status(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux gives a process its cores")
+def test_the_machine_has_the_cores_that_the_process_may_use(monkeypatch):
+    for cores, text in (({0}, "1 core of "), ({0, 3}, "2 cores of ")):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: cores)
+        assert records.machine() == text + records.processor()
