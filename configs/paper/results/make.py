@@ -43,8 +43,11 @@ Made by `make results` from the rows in this folder alone: [make.py](make.py) is
 *mean ± standard error over datapoints (Monte Carlo error)*, in nats: the first error is what another draw of
 datapoints would change, of a gap the paired one; the second, what other random keys would change on these
 datapoints. Neither holds what another seed of training would change: where there are several, their
-spread stands below the table. `small` is 30 epochs for most and 50 points, where the paper trains for
-3280: it shows that an experiment works, and its signs may turn round at `full`, the authors' training.
+spread stands below the table. *Own q* is the family that a model was trained with.
+
+`small` is 30 epochs for most and 50 points, where the paper trains for 3280: it shows that an experiment
+works, and its signs may turn round at `full`, the authors' training, of which an encoder alone on a frozen
+decoder takes a tenth. A scale stays until all that an experiment has at it is there at a larger one.
 
 Any model below that has weights is measured anew, without training, by
 
@@ -156,10 +159,25 @@ def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
     return ["", *(f"| {' | '.join(line)} |" for line in lines), ""]
 
 
-def columns_of(cells: Sequence[Cell]) -> list[str]:
-    """The lines that the table of these cells has columns for."""
+def columns_of(cells: Sequence[Cell]) -> dict[str, list[str]]:
+    """{head: names of lines} of the table of these cells; a cell has one line of a column at most.
+
+    What each cell has of one family alone, its own, shares a column.
+    """
+    found: dict[str, list[str]] = {}
     names = loaded.line_names([cell.run for cell in cells])
-    return [name for name in names if rows.get(name).quantity in SHOWN]
+    for quantity in SHOWN:
+        named = [name for name in names if rows.get(name).quantity == quantity]
+        if len(named) > 1 and all(len(cell.run.lines.keys() & {*named}) < 2 for cell in cells):
+            found[quantity.label.replace("{family}", "own q")] = named
+        else:
+            found |= {rows.label(name): [name] for name in named}
+    return found
+
+
+def value(lines: dict[str, gaps.Line], names: Sequence[str]) -> str:
+    """The one of these lines that is there, with both errors."""
+    return next((number(lines[name]) for name in names if name in lines), "–")
 
 
 def section(name: str, scales: claims.Scales, folder: Path) -> Iterator[str]:
@@ -172,13 +190,13 @@ def section(name: str, scales: claims.Scales, folder: Path) -> Iterator[str]:
             f"```\npython -m {MAIN} --config=configs/paper/{name}.py --workdir=runs/paper \\\n"
             f"    --config.scale={scale} --config.data.dir=DIR\n```"
         )
-        names = columns_of(shown)
-        heads = [f"scale `{scale}`", "epochs", "points", "seed", *map(rows.label, names)]
+        columns = columns_of(shown)
+        heads = [f"scale `{scale}`", "epochs", "points", "seed", *columns]
         body = []
         for cell in shown:
             lines, facts = cell.run.lines, cell.entry.facts
             made = [str(facts["epochs"]), str(len(cell.run.indices)), str(cell.entry.seed)]
-            numbers = [number(lines[n]) if n in lines else "–" for n in names]
+            numbers = [value(lines, names) for names in columns.values()]
             place = f"{facts['run']}/{facts['evaluation']}"
             link = f"[{facts['evaluation']}](runs/{place})"
             body.append([f"`{cell.name}`", *made, *numbers, certified(cell.run), link])
@@ -231,19 +249,25 @@ def seeds(cells: Sequence[Cell]) -> str:
 def over_seeds(cells: Sequence[Cell]) -> Iterator[str]:
     """Mean and standard deviation over the seeds of training, where there are several."""
     several = [cell for cell in cells if len(cell.runs) > 1]
-    names = [n for n in columns_of(several) if rows.get(n).quantity in SPREAD] if several else []
+    columns = {
+        head: names
+        for head, names in (columns_of(several) if several else {}).items()
+        if rows.get(names[0]).quantity in SPREAD
+    }
     body = []
     for cell in several:
         values = []
-        for name in names:
-            means = [run.lines[name].mean.mean for run in cell.runs.values() if name in run.lines]
+        for names in columns.values():
+            means = [
+                r.lines[n].mean.mean for r in cell.runs.values() for n in names if n in r.lines
+            ]
             spread = (
                 f"{np.mean(means):.2f} ± {np.std(means, ddof=1):.2f}" if len(means) > 1 else "–"
             )
             values.append(spread.replace("-", "−"))
         body.append([f"`{cell.name}`", ", ".join(map(str, cell.runs)), *values])
     if body:
-        heads = ["mean ± standard deviation over seeds", "seeds", *map(rows.label, names)]
+        heads = ["mean ± standard deviation over seeds", "seeds", *columns]
         yield "\n".join(table(heads, body)).strip()
 
 
