@@ -163,7 +163,7 @@ def test_status_knows_no_time_left_before_the_second_dispatch(tmp_path):
     assert "time left" not in records.status(tmp_path)
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux gives a process its cores")
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="Linux gives a process its cores")
 def test_the_machine_has_the_cores_that_the_process_may_use(monkeypatch):
     if jax.default_backend() != "cpu":
         pytest.skip("the machine is its accelerators")

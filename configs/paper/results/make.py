@@ -251,7 +251,7 @@ def over_seeds(cells: Sequence[Cell]) -> Iterator[str]:
     several = [cell for cell in cells if len(cell.runs) > 1]
     columns = {
         head: names
-        for head, names in (columns_of(several) if several else {}).items()
+        for head, names in columns_of(several).items()
         if rows.get(names[0]).quantity in SPREAD
     }
     body = []
