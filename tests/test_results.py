@@ -127,7 +127,7 @@ def test_a_claim_is_judged_from_the_rows(small, large, verdict, number):
         "encoder_500_500": [a_run(gap, 1.0, noise=0.2) for gap in large],
     }
     said, sentence = judged("larger encoder", cells_of("larger_encoder", runs))
-    assert said == f"{verdict}, as far as it is measured, 1 of 2 times"
+    assert said == f"{verdict}, as far as it is measured, 1 of 3 times"
     assert number in sentence
     assert "scale `small`, 50 points, seed 0" in sentence
     assert ("over seeds 0, 1" in sentence) == (len(small) > 1)

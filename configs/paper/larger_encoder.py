@@ -11,9 +11,15 @@ from __future__ import annotations
 from infsub.config import Config
 from infsub.experiments import experiment
 
+AUXILIARY = {
+    "data.name": "binarized_mnist",
+    "model.posterior.name": "auxiliary",
+    "evaluate.local.families": ("auxiliary",),
+}
+
 
 def get_config() -> Config:
-    """Encoders of [200, 200] and [500, 500]; on CIFAR-10 a convolutional one and a wider one."""
+    """Encoders of [200, 200] and [500, 500], of FFG and AF; on CIFAR-10 convolutional and wider ones."""
     return experiment(
         "larger_encoder",
         "Does encoder capacity shrink the amortization gap?",
@@ -22,6 +28,10 @@ def get_config() -> Config:
             "encoder_500_500": {
                 "data.name": "binarized_mnist",
                 "model.encoder.hidden": (500, 500),
+            },
+            **{
+                f"auxiliary_{name}": AUXILIARY | {"model.encoder.hidden": hidden}
+                for name, hidden in (("200_200", (200, 200)), ("500_500", (500, 500)))
             },
             "conv": {"data.name": "cifar10"},
             "conv_wide": {"data.name": "cifar10", "model.encoder.hidden": "@2"},

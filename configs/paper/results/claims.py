@@ -186,16 +186,13 @@ CLAIMS = (
         between(
             "larger_encoder",
             (
-                (
-                    "binarized_mnist, [200, 200] and [500, 500]",
-                    "encoder_200_200",
-                    "encoder_500_500",
-                ),
+                ("[200, 200] and [500, 500], FFG", "encoder_200_200", "encoder_500_500"),
+                ("[200, 200] and [500, 500], AF", "auxiliary_200_200", "auxiliary_500_500"),
                 ("cifar10, convolutions and twice as wide ones", "conv", "conv_wide"),
             ),
             AMORTIZATION,
         ),
-        2,
+        3,
         "larger_encoder",
     ),
     Claim(
