@@ -91,6 +91,8 @@ def _evaluate(
             held = locks.owned(workdir / settings.name, _ACTIVITY, locks.MOMENT)
             whole.enter_context(held)
         folder = _claim(workdir, settings, run, facts, len(indices))
+    if shards.paths(folder, "rows"):
+        began = records.continued(began, _clock(folder, shard))
     num_points, num_chains = max(1, len(shard.of(indices))), settings.ais.num_chains
     block_size, chunk_size = subjects.sizes(num_points, num_chains, settings.block_size)
     static = {"settings": configs.measured(settings, chunk_size)}
@@ -340,6 +342,10 @@ def _used(settings: Any) -> dict[str, Any]:
     return {n: list(v) if isinstance(v, tuple) else v for n, v in used.items()}
 
 
+def _clock(folder: Path, shard: Shard) -> Path:
+    return folder / f"progress.{_ACTIVITY}{shard.name}.json"
+
+
 def _write_rows(
     folder: Path,
     stem: str,
@@ -369,7 +375,7 @@ def _write_rows(
     named = label if shard == WHOLE else f"{label} {shard}"
     progress = files.Progress(len(mine), named, done, "datapoint")
     whole = min(block_size, few_sizes(max(1, len(mine))))
-    clock = folder / f"progress.{_ACTIVITY}{shard.name}.json"
+    clock = _clock(folder, shard)
     for block in np.split(mine, range(block_size, len(mine), block_size)):
         missing = ~np.isin(block, list(written))
         if missing.any():

@@ -232,7 +232,6 @@ def _facts(run: Path, evaluation: Path) -> tuple[int, dict[str, Any]]:
         "date": time.strftime("%Y-%m-%d", time.gmtime(when)) if when else "",
         "machine": document.get("machine") or records.machine(),
         "revision": document.get("git_revision", ""),
-        # Of the process that ended the training: of one that was stopped meanwhile not all.
         "hours": round(spent.seconds / 3600, 3) if spent else None,
     }
 

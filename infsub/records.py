@@ -118,7 +118,7 @@ def write_progress(
     """progress.json, for `--mode=status`: the only kind of record that depends on the clock.
 
     speed: examples or datapoints a second.
-    spent: by this process since it began with this.
+    spent: on what is done so far.
     """
     content = {
         "done": progress.done,
@@ -246,11 +246,17 @@ def _nats(value: Any) -> str:
 
 
 def spent(progress: dict[str, Any]) -> compilations.Spent | None:
-    """Where the seconds of the last process that wrote a progress file went; None where it does not say."""
+    """Where the seconds that a progress file tells of went; None where it does not say."""
     try:
         return compilations.Spent.from_json(progress)
     except (KeyError, TypeError):
         return None
+
+
+def continued(began: compilations.Spent, path: Path) -> compilations.Spent:
+    """`began`, as much earlier as the processes before had spent by the progress file they left."""
+    earlier = spent(files.read_json(path, PROGRESS) or {})
+    return began.since(earlier) if earlier else began
 
 
 def _status_of_seconds(label: str, progress: dict[str, Any]) -> list[tuple[str, str]]:

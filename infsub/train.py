@@ -306,6 +306,8 @@ def _loop(job: Job, inputs: Inputs, state: State) -> tuple[int, int]:
     models, state = state.models, state._replace(models=local(state.models))
     bar = files.Progress(job.total, "train", done=state.step)
     chunk, saved = 8, time.monotonic()
+    clock = job.workdir / "progress.json"
+    began = records.continued(job.began, clock) if state.step else job.began
     with signals.noted() as stop:
         _end_members(job, inputs, state)
         while True:
@@ -331,8 +333,7 @@ def _loop(job: Job, inputs: Inputs, state: State) -> tuple[int, int]:
                 _save(job, state, job.active)
                 saved = time.monotonic()
             bar.update(end, note)
-            spent = compilations.spent().since(job.began)
-            records.write_progress(job.workdir / "progress.json", bar, speed, spent)
+            records.write_progress(clock, bar, speed, compilations.spent().since(began))
     bar.close()
     if number:
         _save(job, state, job.active)

@@ -140,9 +140,12 @@ def test_a_killed_evaluation_ends_with_the_same_numbers(trained, workdir, kept):
     for name in ("rows.jsonl", "bdmc.jsonl"):
         whole = (workdir / name).read_bytes()
         (workdir / name).write_bytes(whole[: int(kept * len(whole))])
+    clock = workdir / "progress.evaluation.json"
+    files.write_json(clock, files.read_json(clock) | {"seconds_running": 1000.0})
     again(workdir)
     for name in ("rows.jsonl", "bdmc.jsonl"):
         assert files.read_rows(workdir / name) == files.read_rows(trained / name)
+    assert files.read_json(clock)["seconds_running"] > 1000  # of both processes
 
 
 def sharded(workdir, shard, **fields):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from forks import Command, commands
 
-from infsub import checkpoints, files
+from infsub import checkpoints, files, records
 from infsub.types import UserError
 
 HERE = Path(__file__).parent
@@ -126,8 +126,11 @@ def test_a_stop_request_saves_and_exits(
     progress = files.read_json(tmp_path / "progress.json")
     assert step == progress["done"]
     assert 0 < step < progress["total"]
+    files.write_json(tmp_path / "progress.json", progress | {"seconds_tracing": 1000.0})
     result = command(tmp_path, *arguments)
     assert f"continuing from step {step} " in result["log"]
+    spent = records.spent(files.read_json(tmp_path / "progress.json"))
+    assert 1000 < spent.tracing < spent.seconds < 2000  # of both processes
     assert_same(tmp_path, whole)
 
 
