@@ -15,6 +15,7 @@ by datapoint; but the luckier of two noisy bounds is no bound: its mean lies abo
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,6 +73,17 @@ class Line(NamedTuple):
     def error(self) -> float:
         """The one to print beside the mean: a bound's Monte Carlo, of all others the paired one."""
         return self.mean.monte_carlo_error if self.kind == "bound" else self.mean.standard_error
+
+
+def decimals(error: float) -> int:
+    """Of a number with this standard error: two; more, to four, where two would show an error of 0."""
+    return min(4, -math.floor(math.log10(error))) if 5e-5 <= error < 0.005 else 2
+
+
+def with_error(value: float, error: float) -> str:
+    """`12.34 ± 0.05`, `0.241 ± 0.003`: a number and its standard error."""
+    digits = decimals(error)
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
 class Flag(NamedTuple):
@@ -212,7 +224,7 @@ def certify(rows: Rows) -> Certificate:
     line = Line(gap[finite], errors[finite], schema.CERTIFICATE.kind)
     mean = line.mean
     note = (
-        f"On simulated data the AIS bound is within {mean.mean:.2f} ± {mean.standard_error:.2f} nats "
+        f"On simulated data the AIS bound is within {with_error(mean.mean, mean.standard_error)} nats "
         f"(bidirectional AIS, upper − lower bound, {mean.num_datapoints} datapoints). Of data that the "
         "model does not simulate this is evidence and no proof: their posteriors may be harder."
     )
@@ -349,8 +361,8 @@ def _on_log_px(lines: dict[str, Line]) -> list[str]:
         lift, log_px = lines[schema.PAPER_LIFT.name], lines[schema.LOG_PX.name]
         means = lines[schema.PAPER_MAX_OF_MEANS.name].mean.mean - log_px.mean.mean
         notes.append(
-            f"The paper takes MAX(IWAE, AIS). Of each datapoint it lies {lift.mean.mean:.2f} ± "
-            f"{lift.error:.2f} nats above log p̂, for IWAE is the larger at "
+            f"The paper takes MAX(IWAE, AIS). Of each datapoint it lies "
+            f"{with_error(lift.mean.mean, lift.error)} nats above log p̂, for IWAE is the larger at "
             f"{np.sum(lift.values > 0)} of {lift.values.size} and the luckier of two noisy bounds is "
             f"no bound; of the means, {means:.2f}."
         )
@@ -409,7 +421,7 @@ def _witnesses(
         above = difference(_bound(witness), _bound(Column(*log_px[:2]).at(keep)))
         if above.mean.mean > MEAN_ERRORS * above.mean.standard_error:
             notes.append(
-                f"{label(name)} exceeds log p̂ by {above.mean.mean:.2f} ± {above.error:.2f} nats, a "
+                f"{label(name)} exceeds log p̂ by {with_error(above.mean.mean, above.error)} nats, a "
                 f"sign that {estimator.label} has not converged: take more temperatures, or another start "
                 "(config.evaluate.ais.start)."
             )

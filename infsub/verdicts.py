@@ -225,7 +225,7 @@ def _sentence(model: Verdict, lines: dict[str, Line], own: str) -> str:
     """The verdict on the model in words, with what it rests on."""
     names = (schema.INFERENCE.name, schema.AMORTIZATION.of(own), schema.APPROXIMATION.of(own))
     gap, amortization, approximation = (
-        f"{lines[name].mean.mean:.2f} ± {lines[name].error:.2f}" for name in names
+        gaps.with_error(lines[name].mean.mean, lines[name].error) for name in names
     )
     return (
         f"Verdict: {model}. Of an inference gap of {gap} nats, amortization costs {amortization} and "

@@ -60,6 +60,23 @@ def test_mean_and_both_errors_by_hand():
     assert np.isnan(one.monte_carlo_error)
 
 
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [
+        (-85.604, 0.683, "-85.60 ± 0.68"),
+        (0.2414, 0.0031, "0.241 ± 0.003"),
+        (0.2, 0.00496, "0.200 ± 0.005"),
+        (0.2, 0.005001, "0.20 ± 0.01"),
+        (0.01234, 0.00012, "0.0123 ± 0.0001"),
+        (0.0, 0.0, "0.00 ± 0.00"),
+        (1.0, 1e-9, "1.00 ± 0.00"),
+        (1.0, np.nan, "1.00 ± nan"),
+    ],
+)
+def test_an_error_is_not_rounded_away(value, error, text):
+    assert gaps.with_error(value, error) == text
+
+
 def test_paired_standard_error_is_the_spread_over_many_data_sets():
     rng = np.random.default_rng(0)
     bounds = synthetic(rng, (NUM_DATA_SETS, N))

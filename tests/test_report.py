@@ -196,8 +196,26 @@ def test_datapoints_to_look_at_are_listed_by_dataset_index(tmp_path):
         "- AIS is not finite at 1 of 40 datapoints, left out: 7\n"
         in (tmp_path / "table.md").read_text()
     )
+    with (tmp_path / "datapoints.csv").open() as file:
+        looks = {
+            int(row["index"]): row["look_at"] for row in csv.DictReader(file) if row["look_at"]
+        }
+    assert sorted(looks) == [7, 14, 21, 28, 35, 42]
+    assert looks[21] == looks[42] == "IWAE: Pareto k above 0.7"
     make_run(tmp_path, edit=spoil, min_ess=1.5, max_pareto_k=0.95)
     assert len(load_run(str(tmp_path)).flags) == 3  # thresholds are the config's
+
+
+def test_of_many_datapoints_to_look_at_the_page_names_the_first(tmp_path):
+    make_run(tmp_path, min_ess=100.0)
+    (line,) = [
+        line
+        for line in tables.document([load_run(str(tmp_path))]).splitlines()
+        if line.startswith("- AIS: effective")
+    ]
+    listed, _, more = line.partition(" and ")
+    assert [int(text) for text in listed.split(": ")[2].split(", ")] == list(range(0, 140, 7))
+    assert more == "20 more"
 
 
 def test_bounds_out_of_order_and_an_estimator_that_failed_are_said(tmp_path):
@@ -380,6 +398,15 @@ def test_a_bar_goes_from_the_elbo_over_the_local_bound_to_log_px(tmp_path):
         assert f"{amortization.mean:.2f} ± {amortization.standard_error:.2f}" in texts
         assert "L[q*] full" in texts
         assert ("other" in texts) == (len(runs) == 2)
+
+
+def test_runs_on_other_data_have_an_axis_of_their_own(tmp_path):
+    make_run(tmp_path)
+    run = load_run(str(tmp_path))
+    other = run._replace(name="other", settings=run.settings | {"data.name": "cifar10"})
+    axes = figures.gap_figure([run, other, run]).axes
+    assert [len(each.patches) for each in axes] == [4, 2]
+    assert [each.get_xlabel().rpartition(", ")[2] for each in axes] == ["mnist5k", "cifar10"]
 
 
 def test_figure_files_are_a_column_wide_and_repeatable(tmp_path):

@@ -6,7 +6,7 @@ import io
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from infsub import files
+from infsub import files, gaps
 from infsub.report.runs import LoadedRun
 from infsub.rows import AMORTIZATION, APPROXIMATION, ELBO, INFERENCE, LOCAL, LOG_PX, label
 
@@ -48,35 +48,41 @@ class GapFigure(Figure):
         return encode(self, "png")
 
 
+class _Bars(NamedTuple):
+    """The bars of runs on one data set, which share an axis.
+
+    Attributes:
+      limits: of the axis, in nats.
+      marks, places: of each run, as `_marks` and `_place` give them.
+      heights: of each run, in inches.
+    """
+
+    runs: list[LoadedRun]
+    limits: tuple[float, float]
+    marks: list[list[tuple[float, str]]]
+    places: list[list[tuple[int, str]]]
+    heights: list[float]
+
+
 def gap_figure(runs: Sequence[LoadedRun]) -> Figure:
-    """A bar for each run from L[q] over L[q*] to log p̂.
+    """A bar for each run from L[q] over L[q*] to log p̂, and an axis for each data set.
 
     Marks under a bar show how far the other families get. One run also shows its datapoints.
     """
-    marks = [_marks(run) for run in runs]
-    xs = [x for run_marks in marks for x, _ in run_marks]
-    margin = 0.12 * max(max(xs) - min(xs), 0.1)
-    limits = min(xs) - margin, max(xs) + margin
-    places = [_place(run_marks, limits) for run_marks in marks]
     name = LINE if len(runs) > 1 else 0.0  # the height of a run's name
-    rows = [name + BAR + LINE * (max(line for line, _ in place) + 2) for place in places]
-    heights = [sum(rows)] + [1.0] * (len(runs) == 1)
+    on: dict[str, list[LoadedRun]] = {}
+    for run in runs:
+        on.setdefault(str(run.settings.get("data.name")), []).append(run)
+    groups = {data: _bars(those, name) for data, those in on.items()}
+    heights = [sum(bars.heights) for bars in groups.values()] + [1.0] * (len(runs) == 1)
     with mpl.rc_context(STYLE):
         figure = GapFigure(figsize=(WIDTH, sum(heights) + 0.6 + 0.35 * len(heights)))
         figure.set_layout_engine("constrained")
-        axes = np.ravel(np.asarray(figure.subplots(len(heights), 1, height_ratios=heights)))
-        axes[0].set_xlim(*limits)
-        for run, run_marks, place, top in zip(
-            runs, marks, places, np.cumsum([0.0, *rows[:-1]]), strict=True
-        ):
-            if name:
-                axes[0].text(limits[0], top + 0.8 * name, run.name, weight="bold", va="bottom")
-            _draw_bar(axes[0], run, top + name, run_marks, place)
-        axes[0].set_ylim(sum(rows), -0.3 * LINE)
-        axes[0].set_yticks([])
-        axes[0].spines["left"].set_visible(False)
-        axes[0].set_xlabel("nats relative to log p̂(x)")
-        axes[0].legend(
+        rows = np.ravel(np.asarray(figure.subplots(len(heights), 1, height_ratios=heights)))
+        for axes, (data, bars) in zip(rows, groups.items(), strict=False):
+            _draw_bars(axes, bars, name)
+            axes.set_xlabel(f"nats relative to log p̂(x){f', {data}' if len(groups) > 1 else ''}")
+        rows[0].legend(
             [Patch(color=BLUE), Patch(color=YELLOW)],
             ["amortization gap", "approximation gap"],
             loc="lower left",
@@ -84,7 +90,7 @@ def gap_figure(runs: Sequence[LoadedRun]) -> Figure:
             ncols=2,
         )
         if len(runs) == 1:
-            _draw_datapoints(axes[1], runs[0])
+            _draw_datapoints(rows[1], runs[0])
         write_foot(figure, footer(runs))
     return figure
 
@@ -106,6 +112,29 @@ def encode(figure: Figure, suffix: str, dpi: int = 300) -> bytes:
     return file.getvalue()
 
 
+def _bars(runs: list[LoadedRun], name: float) -> _Bars:
+    """Where all that is drawn of these runs has room, under names of this height."""
+    marks = [_marks(run) for run in runs]
+    xs = [x for run_marks in marks for x, _ in run_marks]
+    margin = 0.12 * max(max(xs) - min(xs), 0.1)
+    limits = min(xs) - margin, max(xs) + margin
+    places = [_place(run_marks, limits) for run_marks in marks]
+    heights = [name + BAR + LINE * (max(line for line, _ in place) + 2) for place in places]
+    return _Bars(runs, limits, marks, places, heights)
+
+
+def _draw_bars(axes: Axes, bars: _Bars, name: float) -> None:
+    axes.set_xlim(*bars.limits)
+    tops = np.cumsum([0.0, *bars.heights[:-1]])
+    for run, marks, places, top in zip(bars.runs, bars.marks, bars.places, tops, strict=True):
+        if name:
+            axes.text(bars.limits[0], top + 0.8 * name, run.name, weight="bold", va="bottom")
+        _draw_bar(axes, run, top + name, marks, places)
+    axes.set_ylim(sum(bars.heights), -0.3 * LINE)
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+
+
 def _draw_bar(
     axes: Axes,
     run: LoadedRun,
@@ -125,8 +154,8 @@ def _draw_bar(
     ):
         axes.barh(top, gap.mean, left=right - gap.mean, height=BAR, align="edge", color=color)
         room = _per_nat(axes.get_xlim()) * abs(gap.mean)
-        number = f"{gap.mean:.2f}".replace("-", "−")
-        for text, size in ((f"{number} ± {gap.standard_error:.2f}", TEXT), (number, SMALL)):
+        number = gaps.with_error(gap.mean, gap.standard_error).replace("-", "−")
+        for text, size in ((number, TEXT), (number.partition(" ")[0], SMALL)):
             if _points(text, size) < room:
                 x, y = right - gap.mean / 2, top + 0.4 * BAR
                 axes.text(x, y, text, color=ink, size=size, ha="center", va="center")

@@ -23,9 +23,10 @@ def gap_figure(found: gaps.Decomposition) -> str:
         "approximation": found.lines[APPROXIMATION.of(own)],
     }
     mean = {name: line.mean.mean for name, line in found.lines.items()}
+    digits = {kind: gaps.decimals(line.mean.standard_error) for kind, line in parts.items()}
     key = "".join(
-        f'<li class="{kind}">{kind} gap <b>{_minus(line.mean.mean)}</b> '
-        f"± {line.mean.standard_error:.2f}</li>"
+        f'<li class="{kind}">{kind} gap <b>{_minus(line.mean.mean, digits[kind])}</b> '
+        f"± {line.mean.standard_error:.{digits[kind]}f}</li>"
         for kind, line in parts.items()
     )
     count = len(found.indices)

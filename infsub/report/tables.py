@@ -25,6 +25,8 @@ ERRORS = (
     "data by more than 2 standard errors of the difference."
 )
 
+_NUM_LISTED = 20  # datapoints to look at of one kind: what is read, not skipped
+
 
 def in_parentheses(value: float, error: float) -> str:
     """`-88.45(3)`: the error's leading digit (two, if the first is a 1) in units of the last place."""
@@ -93,12 +95,13 @@ def text_lines(lines: Mapping[str, gaps.Line]) -> Iterator[tuple[str, ...]]:
     for name in in_order(lines):
         mean = lines[name].mean
         low, high = gaps.bootstrap_interval(lines[name].values)
+        digits = gaps.decimals(mean.standard_error)
         yield (
             label(name),
-            f"{mean.mean:.2f}",
-            f"{mean.standard_error:.2f}",
+            f"{mean.mean:.{digits}f}",
+            f"{mean.standard_error:.{digits}f}",
             f"{mean.monte_carlo_error:.2g}",
-            f"{low:.2f} … {high:.2f}",
+            f"{low:.{digits}f} … {high:.{digits}f}",
         )
 
 
@@ -162,12 +165,20 @@ def footer(runs: Sequence[LoadedRun]) -> list[str]:
     text += [f"{name}: {note}" if several else note for name, note in told]
     flagged = [(run, flag) for run in runs for flag in run.flags]
     if flagged:
-        text.append("Datapoints to look at, by index into the data set's split:")
+        text.append(
+            "Datapoints to look at, by index into the data set's split; a run's datapoints.csv says it of "
+            "each of them:"
+        )
     paragraphs = "\n\n".join(text).splitlines()
     for run, flag in flagged:
-        indices = ": " + ", ".join(map(str, flag.indices)) if flag.indices else ""
-        paragraphs.append(f"- {f'{run.name}: ' * several}{flag.text}{indices}")
+        paragraphs.append(f"- {f'{run.name}: ' * several}{flag.text}{_listed(flag.indices)}")
     return paragraphs
+
+
+def _listed(indices: Sequence[int]) -> str:
+    first = ", ".join(map(str, indices[:_NUM_LISTED]))
+    more = f" and {len(indices) - _NUM_LISTED} more" if len(indices) > _NUM_LISTED else ""
+    return f": {first}{more}" if indices else ""
 
 
 def settings(runs: Sequence[LoadedRun]) -> list[str]:
@@ -210,16 +221,21 @@ def csv_rows(runs: Sequence[LoadedRun]) -> list[dict[str, Any]]:
 
 
 def datapoint_rows(run: LoadedRun) -> list[dict[str, Any]]:
-    """A row for each datapoint: its verdict, what to try, its gaps and bounds with their errors."""
+    """A row for each datapoint: verdict, what to try and to look at; gaps and bounds with their errors."""
     measured, found = run.measured, run.found
     place = {index: n for n, index in enumerate(found.indices.tolist())}
     gap_names = [n for n in found.lines if get(n).quantity.kind != "bound"]
     labels = measured.labels if measured.labels is not None else [None] * len(measured.indices)
+    looks: dict[int, list[str]] = {}
+    for flag in found.flags:
+        for index in flag.indices:
+            looks.setdefault(index, []).append(flag.what or flag.text)
     rows = []
     for n, (index, verdict) in enumerate(
         zip(measured.indices.tolist(), run.verdicts.points, strict=True)
     ):
         row = {"index": index, "label": labels[n], "verdict": verdict, "next": verdict.advice}
+        row["look_at"] = "; ".join(looks.get(index, ()))
         lines = {name: found.lines[name] for name in gap_names} if index in place else {}
         for name in gap_names:
             row[name] = lines[name].values[place[index]] if lines else None

@@ -42,7 +42,7 @@ class Finding(NamedTuple):
         return int(beyond) * (1 if self.mean > 0 else -1)
 
     def __str__(self) -> str:
-        return f"{self.mean:.2f} ± {self.error:.2f} ({self.of})".replace("-", "−", 1)
+        return f"{gaps.with_error(self.mean, self.error)} ({self.of})".replace("-", "−", 1)
 
 
 class Claim(NamedTuple):
@@ -144,7 +144,8 @@ def overfits_first(runs: Runs) -> list[Finding]:
     rise = difference("the rise of the amortization gap", last, name, best, name)
     fall = difference("the fall of log p̂", best_model, LOG_PX.name, last, LOG_PX.name)
     ahead = rise._replace(
-        of=f"{rise.of} {rise.mean:.2f} ± {rise.error:.2f}, less {fall.of} {fall.mean:.2f} ± {fall.error:.2f}",
+        of=f"{rise.of} {gaps.with_error(rise.mean, rise.error)}, less {fall.of} "
+        f"{gaps.with_error(fall.mean, fall.error)}",
         mean=rise.mean - fall.mean,
         error=math.hypot(rise.error, fall.error),
     )
@@ -296,13 +297,18 @@ def _judge(claim: Claim, findings: Mapping[int, Sequence[Finding]], where: str) 
         values = {
             of: [f.mean for made in findings.values() for f in made if f.of == of] for of in common
         }
-        parts = [f"{np.mean(v):.2f} ± {np.std(v, ddof=1):.2f} ({of})" for of, v in values.items()]
+        parts = [f"{spread_of(v)} ({of})" for of, v in values.items()]
         spread = (
             f"; mean and standard deviation over seeds {', '.join(map(str, findings))}: "
             f"{', '.join(parts)}"
         ).replace("(-", "(−")
     figures = ", ".join(map(str, first))
     return said, f"{claim.measure}: {figures} nats; {where}, seed {min(findings)}{spread}."
+
+
+def spread_of(values: Sequence[float]) -> str:
+    """Mean ± standard deviation over seeds."""
+    return gaps.with_error(float(np.mean(values)), float(np.std(values, ddof=1)))
 
 
 def _runs(cells: Cells, scale: str, seed: int) -> Runs:

@@ -150,7 +150,7 @@ def number(line: gaps.Line) -> str:
     """A mean with both of its errors."""
     mean = line.mean
     by_keys = f" ({mean.monte_carlo_error:.2g})" if np.isfinite(mean.monte_carlo_error) else ""
-    return f"{mean.mean:.2f} ± {mean.standard_error:.2f}{by_keys}".replace("-", "−")
+    return f"{gaps.with_error(mean.mean, mean.standard_error)}{by_keys}".replace("-", "−")
 
 
 def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
@@ -261,10 +261,7 @@ def over_seeds(cells: Sequence[Cell]) -> Iterator[str]:
             means = [
                 r.lines[n].mean.mean for r in cell.runs.values() for n in names if n in r.lines
             ]
-            spread = (
-                f"{np.mean(means):.2f} ± {np.std(means, ddof=1):.2f}" if len(means) > 1 else "–"
-            )
-            values.append(spread.replace("-", "−"))
+            values.append(claims.spread_of(means).replace("-", "−") if len(means) > 1 else "–")
         body.append([f"`{cell.name}`", ", ".join(map(str, cell.runs)), *values])
     if body:
         heads = ["mean ± standard deviation over seeds", "seeds", *columns]
