@@ -239,9 +239,8 @@ def map_datapoints(
         bar.close()
     result = jax.tree.map(lambda *blocks: np.concatenate(blocks), *results)
     if warn and (bad := indices[_not_finite(result, num_points)]).size:
-        named = ", ".join(map(str, bad[:_NUM_NAMED].tolist()))
-        rest = f" and {bad.size - _NUM_NAMED} more" if bad.size > _NUM_NAMED else ""
-        text = f"results are not finite at {bad.size} of {num_points} datapoints: {named}{rest}"
+        named = files.first_few(bad.tolist(), _NUM_NAMED)
+        text = f"results are not finite at {bad.size} of {num_points} datapoints: {named}"
         warnings.warn(text, RuntimeWarning, stacklevel=2)
     return result
 

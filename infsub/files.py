@@ -44,6 +44,12 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
+def first_few(numbers: Sequence[int], most: int) -> str:
+    """As many as a person reads: 3, 5 and 12 more."""
+    more = f" and {len(numbers) - most} more" if len(numbers) > most else ""
+    return ", ".join(map(str, numbers[:most])) + more
+
+
 class Progress:
     """A bar with the time left on a terminal; a plain line now and then elsewhere. On stderr.
 

@@ -101,6 +101,11 @@ class Flag(NamedTuple):
     what: str = ""
     about: str = ""
 
+    @property
+    def of_one(self) -> str:
+        """The words for it beside one of the datapoints."""
+        return self.what or self.text
+
 
 class Curve(NamedTuple):
     """How soon local steps buy back what the encoder lost.
@@ -140,6 +145,15 @@ class Decomposition(NamedTuple):
     families: list[str]
     notes: list[str]
     flags: list[Flag]
+
+    @property
+    def flagged(self) -> dict[int, list[int]]:
+        """{index of a datapoint: the flags that name it, by their place in `flags`}."""
+        found: dict[int, list[int]] = {}
+        for number, flag in enumerate(self.flags):
+            for index in flag.indices:
+                found.setdefault(index, []).append(number)
+        return found
 
 
 class Certificate(NamedTuple):
@@ -361,7 +375,7 @@ def _on_log_px(lines: dict[str, Line]) -> list[str]:
         lift, log_px = lines[schema.PAPER_LIFT.name], lines[schema.LOG_PX.name]
         means = lines[schema.PAPER_MAX_OF_MEANS.name].mean.mean - log_px.mean.mean
         notes.append(
-            f"The paper takes MAX(IWAE, AIS). Of each datapoint it lies "
+            "The paper takes MAX(IWAE, AIS). Of each datapoint it lies "
             f"{with_error(lift.mean.mean, lift.error)} nats above log p̂, for IWAE is the larger at "
             f"{np.sum(lift.values > 0)} of {lift.values.size} and the luckier of two noisy bounds is "
             f"no bound; of the means, {means:.2f}."

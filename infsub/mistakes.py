@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from infsub import files
 from infsub.pairs import NUM_RANKED, NUM_REPLICATES, Pair
 from infsub.types import Key
 
@@ -128,8 +129,7 @@ def count(number: int, noun: str) -> str:
 
 def at(rows: np.ndarray) -> str:
     """The first of these indices in words: at 3, 5 and 12 more."""
-    named = ", ".join(str(row) for row in np.sort(rows)[:5])
-    return f"at {named}" + (f" and {rows.size - 5} more" if rows.size > 5 else "")
+    return f"at {files.first_few(np.sort(rows).tolist(), 5)}"
 
 
 def usable(pairs: Pair) -> tuple[Pair | None, list[Finding]]:

@@ -11,12 +11,6 @@ from __future__ import annotations
 from infsub.config import Config
 from infsub.experiments import experiment
 
-AUXILIARY = {
-    "data.name": "binarized_mnist",
-    "model.posterior.name": "auxiliary",
-    "evaluate.local.families": ("auxiliary",),
-}
-
 
 def get_config() -> Config:
     """Encoders of [200, 200] and [500, 500], of FFG and AF; on CIFAR-10 convolutional and wider ones."""
@@ -24,14 +18,15 @@ def get_config() -> Config:
         "larger_encoder",
         "Does encoder capacity shrink the amortization gap?",
         cells={
-            "encoder_200_200": {"data.name": "binarized_mnist"},
-            "encoder_500_500": {
-                "data.name": "binarized_mnist",
-                "model.encoder.hidden": (500, 500),
-            },
             **{
-                f"auxiliary_{name}": AUXILIARY | {"model.encoder.hidden": hidden}
-                for name, hidden in (("200_200", (200, 200)), ("500_500", (500, 500)))
+                f"{name}_{width}_{width}": {
+                    "data.name": "binarized_mnist",
+                    "model.encoder.hidden": (width, width),
+                    "model.posterior.name": q,
+                    "evaluate.local.families": (q,),
+                }
+                for name, q in (("encoder", "gaussian"), ("auxiliary", "auxiliary"))
+                for width in (200, 500)
             },
             "conv": {"data.name": "cifar10"},
             "conv_wide": {"data.name": "cifar10", "model.encoder.hidden": "@2"},

@@ -82,7 +82,7 @@ def document(
     if verdicts is not None and len(verdicts) != count:
         raise ValueError(f"verdicts must be {count}, one a row; got {len(verdicts)}")
     columns = _columns(run.measured, run.found, verdicts)
-    data = {"columns": columns, "flags": [flag.what or flag.text for flag in run.found.flags]}
+    data = {"columns": columns, "flags": [flag.of_one for flag in run.found.flags]}
     data |= _looks(xs, count, _order(columns))
     style, script = _asset("page.css"), _asset("page.js")
     notes, settings = (
@@ -127,11 +127,9 @@ def _columns(
         values, errors = np.full((2, len(rows.indices)), np.nan)
         values[kept], errors[kept] = found.lines[name].values, found.lines[name].errors
         columns.append(_column(name, label(name), "gaps", values, 2, errors))
-    flagged: list[list[int]] = [[] for _ in rows.indices]
-    for number, flag in enumerate(found.flags):
-        for index in flag.indices:
-            flagged[place[index]].append(number)
-    columns.append(_column("flags", "look at", "", flagged))
+    flagged = found.flagged
+    flags = [flagged.get(index, []) for index in rows.indices.tolist()]
+    columns.append(_column("flags", "look at", "", flags))
     measured = [n for n in schema.in_order(rows.columns) if schema.get(n).quantity in _BOUNDS]
     for name in measured:
         column = rows.columns[name]

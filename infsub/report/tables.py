@@ -171,14 +171,9 @@ def footer(runs: Sequence[LoadedRun]) -> list[str]:
         )
     paragraphs = "\n\n".join(text).splitlines()
     for run, flag in flagged:
-        paragraphs.append(f"- {f'{run.name}: ' * several}{flag.text}{_listed(flag.indices)}")
+        indices = f": {files.first_few(flag.indices, _NUM_LISTED)}" if flag.indices else ""
+        paragraphs.append(f"- {f'{run.name}: ' * several}{flag.text}{indices}")
     return paragraphs
-
-
-def _listed(indices: Sequence[int]) -> str:
-    first = ", ".join(map(str, indices[:_NUM_LISTED]))
-    more = f" and {len(indices) - _NUM_LISTED} more" if len(indices) > _NUM_LISTED else ""
-    return f": {first}{more}" if indices else ""
 
 
 def settings(runs: Sequence[LoadedRun]) -> list[str]:
@@ -226,16 +221,13 @@ def datapoint_rows(run: LoadedRun) -> list[dict[str, Any]]:
     place = {index: n for n, index in enumerate(found.indices.tolist())}
     gap_names = [n for n in found.lines if get(n).quantity.kind != "bound"]
     labels = measured.labels if measured.labels is not None else [None] * len(measured.indices)
-    looks: dict[int, list[str]] = {}
-    for flag in found.flags:
-        for index in flag.indices:
-            looks.setdefault(index, []).append(flag.what or flag.text)
+    flagged = found.flagged
     rows = []
     for n, (index, verdict) in enumerate(
         zip(measured.indices.tolist(), run.verdicts.points, strict=True)
     ):
         row = {"index": index, "label": labels[n], "verdict": verdict, "next": verdict.advice}
-        row["look_at"] = "; ".join(looks.get(index, ()))
+        row["look_at"] = "; ".join(found.flags[number].of_one for number in flagged.get(index, ()))
         lines = {name: found.lines[name] for name in gap_names} if index in place else {}
         for name in gap_names:
             row[name] = lines[name].values[place[index]] if lines else None
