@@ -83,7 +83,7 @@ def decimals(error: float) -> int:
 def with_error(value: float, error: float) -> str:
     """`12.34 ± 0.05`, `0.241 ± 0.003`: a number and its standard error."""
     digits = decimals(error)
-    return f"{value:.{digits}f} ± {error:.{digits}f}"
+    return f"{value:z.{digits}f} ± {error:.{digits}f}"
 
 
 class Flag(NamedTuple):

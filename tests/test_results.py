@@ -32,6 +32,14 @@ def test_the_page_is_made_of_the_committed_rows():
     assert sum(path.stat().st_size for path in RESULTS.glob("*/*/figure.png")) < 5e6
 
 
+def test_the_readme_shows_the_main_table():
+    text = make.README.read_text()
+    assert make.headline(text, make.load()) == text, "run `make results`"
+    for run in (cell.run for cell in next(iter(make.load()["main_table"].values())).values()):
+        mean = run.lines["inference_gap"].mean
+        assert f"| {make.gaps.with_error(mean.mean, mean.standard_error)} |" in text
+
+
 def test_the_reproduction_is_measured_as_the_reproduction_measured_it():
     """Its own numbers, see ../shared/oracles/README.md, within the errors of both."""
     run = make.loaded.load_run(str(RESULTS / "reproduction"))

@@ -241,13 +241,12 @@ def _labels(rows: Rows, found: gaps.Decomposition) -> str:
     body = []
     for name, mean in sorted(means.items(), key=lambda item: -item[1].mean):
         shares = {kind: float(line.values[of == name].mean()) for kind, line in parts.items()}
-        error = (
-            "" if np.isnan(mean.standard_error) else f" <small>± {mean.standard_error:.2f}</small>"
-        )
+        value, _, error = gaps.with_error(mean.mean, mean.standard_error).partition(" ")
+        small = "" if np.isnan(mean.standard_error) else f" <small>{error}</small>"
         body.append(
             f'<tr><th scope="row"><button type="button" class="link" data-label="{escape(name)}">'
             f"{escape(name)}</button> <small>× {mean.num_datapoints}</small></th>"
-            f"<td>{mean.mean:.2f}{error}</td><td>{svg.bar(shares, widest)}</td></tr>"
+            f"<td>{value}{small}</td><td>{svg.bar(shares, widest)}</td></tr>"
         )
     return f"""<section aria-labelledby="by-label"><h2 id="by-label">By label</h2><div class="scroll">
 <table class="labels"><thead><tr><th scope="col">label</th>

@@ -2,7 +2,8 @@
 
 Command:  make results
 Nothing is trained or measured, and no data set is needed. An experiment is shown at every scale at which
-it is published, the largest first; the claims of the paper are judged by `claims.py`.
+it is published, the largest first; the claims of the paper are judged by `claims.py`. The project's own
+README.md has the main table between the lines HEADLINE.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 HERE = Path(__file__).parent
+README = HERE.parents[2] / "README.md"
 sys.path.insert(0, str(HERE))
 
 import claims  # noqa: E402
@@ -36,6 +38,7 @@ SPREAD = (rows.LOG_PX, rows.APPROXIMATION, rows.AMORTIZATION, rows.INFERENCE)
 # Why a certificate may be wider than MAX_CERTIFICATE, by run: named on the page.
 REASONS: dict[str, str] = {}
 MAIN = "infsub.main"
+HEADLINE = "<!-- made by make results -->", "<!-- to here -->"
 HEAD = """# Results
 
 Made by `make results` from the rows in this folder alone: [make.py](make.py) is the code of this page, and
@@ -146,11 +149,12 @@ def config_of(name: str) -> Any:
     return module.get_config()
 
 
-def number(line: gaps.Line) -> str:
-    """A mean with both of its errors."""
+def number(line: gaps.Line, by_keys: bool = True) -> str:
+    """A mean with its error over datapoints, and that of random keys."""
     mean = line.mean
-    by_keys = f" ({mean.monte_carlo_error:.2g})" if np.isfinite(mean.monte_carlo_error) else ""
-    return f"{gaps.with_error(mean.mean, mean.standard_error)}{by_keys}".replace("-", "−")
+    other = mean.monte_carlo_error if by_keys else np.nan
+    second = f" ({other:.2g})" if np.isfinite(other) else ""
+    return f"{gaps.with_error(mean.mean, mean.standard_error)}{second}".replace("-", "−")
 
 
 def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
@@ -175,9 +179,9 @@ def columns_of(cells: Sequence[Cell]) -> dict[str, list[str]]:
     return found
 
 
-def value(lines: dict[str, gaps.Line], names: Sequence[str]) -> str:
-    """The one of these lines that is there, with both errors."""
-    return next((number(lines[name]) for name in names if name in lines), "–")
+def value(lines: dict[str, gaps.Line], names: Sequence[str], by_keys: bool = True) -> str:
+    """The one of these lines that is there, with its errors."""
+    return next((number(lines[name], by_keys) for name in names if name in lines), "–")
 
 
 def section(name: str, scales: claims.Scales, folder: Path) -> Iterator[str]:
@@ -219,10 +223,30 @@ def section(name: str, scales: claims.Scales, folder: Path) -> Iterator[str]:
         yield f"Not measured yet: {', '.join(missing)}."
 
 
-def certified(run: loaded.LoadedRun) -> str:
+def headline(text: str, cells: dict[str, claims.Scales]) -> str:
+    """The project's README.md with the main table, at the largest scale, a column for each model."""
+    scale, shown = next(iter(cells["main_table"].items()))
+    runs = [cell.run for cell in shown.values()]
+    columns = columns_of(list(shown.values()))
+    counts = {f"{len(run.indices):,} points" for run in runs}
+    heads = [f"scale `{scale}`, {' or '.join(sorted(counts))}", *(f"`{name}`" for name in shown)]
+    body = [
+        [label, *(value(run.lines, names, by_keys=False) for run in runs)]
+        for label, names in columns.items()
+    ]
+    body.append(["certificate", *(certified(run, by_keys=False) for run in runs)])
+    figure = (HERE / "main_table" / scale / "figure.png").relative_to(README.parent)
+    made = [f"![The gaps of each model, a bar from L[q] over L[q*] to log p̂]({figure.as_posix()})"]
+    made += table(heads, body)
+    before, _, rest = text.partition(HEADLINE[0])
+    after = rest.partition(HEADLINE[1])[2]
+    return "\n".join([f"{before}{HEADLINE[0]}", *made, f"{HEADLINE[1]}{after}"])
+
+
+def certified(run: loaded.LoadedRun, by_keys: bool = True) -> str:
     """The certificate of a run, and on how many points."""
     line = run.certificate.line
-    return f"{number(line)} on {line.values.size}" if line else "–"
+    return f"{number(line, by_keys)} on {line.values.size}" if line else "–"
 
 
 def over_steps(cells: Sequence[Cell]) -> Iterator[str]:
@@ -402,6 +426,7 @@ def main() -> None:
     for name, text in pages().items():
         (HERE / name).parent.mkdir(exist_ok=True)
         files.write_bytes(HERE / name, text.encode())
+    files.write_bytes(README, headline(README.read_text(), load()).encode())
     for path in HERE.glob("*/*/figure.png"):
         if not (path.parent / "table.md").exists():
             path.unlink()
