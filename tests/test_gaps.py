@@ -71,6 +71,7 @@ def test_mean_and_both_errors_by_hand():
         (0.0, 0.0, "0.00 ± 0.00"),
         (1.0, 1e-9, "1.00 ± 0.00"),
         (1.0, np.nan, "1.00 ± nan"),
+        (-0.003, 0.02, "0.00 ± 0.02"),
     ],
 )
 def test_an_error_is_not_rounded_away(value, error, text):

@@ -273,6 +273,7 @@ def test_certificate_is_one_sentence(tmp_path):
         (-1234.5, 23.0, "-1234(23)"),
         (1.0, float("nan"), "1.00"),
         (1.0, 0.0, "1.00"),
+        (-0.003, 0.03, "0.00(3)"),
     ],
 )
 def test_in_parentheses(value, error, text):

@@ -38,6 +38,9 @@ def test_the_readme_shows_the_main_table():
     for run in (cell.run for cell in next(iter(make.load()["main_table"].values())).values()):
         mean = run.lines["inference_gap"].mean
         assert f"| {make.gaps.with_error(mean.mean, mean.standard_error)} |" in text
+    for mark in make.HEADLINE:  # nothing of a README is lost that has no place for it
+        with pytest.raises(ValueError, match="unpack"):
+            make.headline(text.replace(mark, ""), make.load())
 
 
 def test_the_reproduction_is_measured_as_the_reproduction_measured_it():

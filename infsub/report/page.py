@@ -241,7 +241,8 @@ def _labels(rows: Rows, found: gaps.Decomposition) -> str:
     body = []
     for name, mean in sorted(means.items(), key=lambda item: -item[1].mean):
         shares = {kind: float(line.values[of == name].mean()) for kind, line in parts.items()}
-        value, _, error = gaps.with_error(mean.mean, mean.standard_error).partition(" ")
+        text = gaps.with_error(mean.mean, mean.standard_error).replace("-", "−")
+        value, _, error = text.partition(" ")
         small = "" if np.isnan(mean.standard_error) else f" <small>{error}</small>"
         body.append(
             f'<tr><th scope="row"><button type="button" class="link" data-label="{escape(name)}">'

@@ -23,11 +23,11 @@ def gap_figure(found: gaps.Decomposition) -> str:
         "approximation": found.lines[APPROXIMATION.of(own)],
     }
     mean = {name: line.mean.mean for name, line in found.lines.items()}
-    digits = {kind: gaps.decimals(line.mean.standard_error) for kind, line in parts.items()}
+    texts = {k: gaps.with_error(p.mean.mean, p.mean.standard_error) for k, p in parts.items()}
     key = "".join(
-        f'<li class="{kind}">{kind} gap <b>{_minus(line.mean.mean, digits[kind])}</b> '
-        f"± {line.mean.standard_error:.{digits[kind]}f}</li>"
-        for kind, line in parts.items()
+        f'<li class="{kind}">{kind} gap <b>{value}</b> {error}</li>'
+        for kind, text in texts.items()
+        for value, _, error in [text.replace("-", "−").partition(" ")]
     )
     count = len(found.indices)
     return f"""<figure>
@@ -92,4 +92,4 @@ def _stairs(amortization: np.ndarray, inference: np.ndarray) -> str:
 
 
 def _minus(value: float, digits: int = 2) -> str:
-    return f"{value:.{digits}f}".replace("-", "−")
+    return f"{value:z.{digits}f}".replace("-", "−")

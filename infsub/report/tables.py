@@ -31,11 +31,11 @@ _NUM_LISTED = 20  # datapoints to look at of one kind: what is read, not skipped
 def in_parentheses(value: float, error: float) -> str:
     """`-88.45(3)`: the error's leading digit (two, if the first is a 1) in units of the last place."""
     if not math.isfinite(error) or error <= 0:
-        return f"{value:.2f}"
+        return f"{value:z.2f}"
     exponent = math.floor(math.log10(error))
     decimals = min(max(0, -exponent + (error < 1.95 * 10.0**exponent)), 4)
     digits = round(error * 10**decimals)
-    return f"{value:.{decimals}f}({digits})" if digits else f"{value:.{decimals}f}"
+    return f"{value:z.{decimals}f}({digits})" if digits else f"{value:z.{decimals}f}"
 
 
 def best_runs(runs: Sequence[LoadedRun]) -> dict[str, set[int]]:
@@ -98,10 +98,10 @@ def text_lines(lines: Mapping[str, gaps.Line]) -> Iterator[tuple[str, ...]]:
         digits = gaps.decimals(mean.standard_error)
         yield (
             label(name),
-            f"{mean.mean:.{digits}f}",
+            f"{mean.mean:z.{digits}f}",
             f"{mean.standard_error:.{digits}f}",
             f"{mean.monte_carlo_error:.2g}",
-            f"{low:.{digits}f} … {high:.{digits}f}",
+            f"{low:.{digits}f} … {high:.{digits}f}",  # -0.00: 0 is inside
         )
 
 

@@ -224,7 +224,11 @@ def section(name: str, scales: claims.Scales, folder: Path) -> Iterator[str]:
 
 
 def headline(text: str, cells: dict[str, claims.Scales]) -> str:
-    """The project's README.md with the main table, at the largest scale, a column for each model."""
+    """The project's README.md with the main table, at the largest scale, a column for each model.
+
+    Raises:
+      ValueError: `text` has not each line of HEADLINE once; without one there is no telling what to keep.
+    """
     scale, shown = next(iter(cells["main_table"].items()))
     runs = [cell.run for cell in shown.values()]
     columns = columns_of(list(shown.values()))
@@ -238,8 +242,8 @@ def headline(text: str, cells: dict[str, claims.Scales]) -> str:
     figure = (HERE / "main_table" / scale / "figure.png").relative_to(README.parent)
     made = [f"![The gaps of each model, a bar from L[q] over L[q*] to log p̂]({figure.as_posix()})"]
     made += table(heads, body)
-    before, _, rest = text.partition(HEADLINE[0])
-    after = rest.partition(HEADLINE[1])[2]
+    before, rest = text.split(HEADLINE[0])
+    _, after = rest.split(HEADLINE[1])
     return "\n".join([f"{before}{HEADLINE[0]}", *made, f"{HEADLINE[1]}{after}"])
 
 
