@@ -401,6 +401,23 @@ def test_a_bar_goes_from_the_elbo_over_the_local_bound_to_log_px(tmp_path):
         assert ("other" in texts) == (len(runs) == 2)
 
 
+def test_a_family_that_is_far_off_is_an_arrow_and_leaves_the_bars_their_room(tmp_path):
+    def far_off(rows):
+        for row in rows:
+            row["local_full_gaussian"] -= 1000.0
+
+    make_run(tmp_path, families=("gaussian", "full_gaussian"), edit=far_off)
+    run = load_run(str(tmp_path))
+    inference = run.lines["inference_gap"].mean.mean
+    bound = run.lines["local_full_gaussian"].mean.mean
+    axes = figures.gap_figure([run]).axes[0]
+    assert -3 * inference < axes.get_xlim()[0] < -2 * inference
+    (arrow,) = (text for text in axes.texts if text.get_text().startswith("←"))
+    assert arrow.get_text() == f"← L[q*] full −{-bound:.1f}"
+    ends = arrow.get_window_extent().transformed(axes.transData.inverted()).intervalx
+    assert axes.get_xlim()[0] <= ends[0] < ends[1] < -inference
+
+
 def test_runs_on_other_data_have_an_axis_of_their_own(tmp_path):
     make_run(tmp_path)
     run = load_run(str(tmp_path))

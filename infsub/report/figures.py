@@ -36,6 +36,7 @@ STYLE: Any = {
     "ytick.major.width": 0.6,
     "pdf.fonttype": 42,  # text stays text
 }
+FARTHEST = 2.0  # left of log p̂ an axis goes for a family, in inference gaps of the widest bar
 # Inches: a paper's column, a bar, a line of text; points: of the text, of the small text, of the foot.
 WIDTH, BAR, LINE = 3.4, 0.28, 0.11
 TEXT, SMALL, FOOT = 7, 6, 5
@@ -54,12 +55,14 @@ class _Bars(NamedTuple):
     Attributes:
       limits: of the axis, in nats.
       marks, places: of each run, as `_marks` and `_place` give them.
+      beyond: of each run, what lies left of the axis, as `_marks` gives it.
       heights: of each run, in inches.
     """
 
     runs: list[LoadedRun]
     limits: tuple[float, float]
     marks: list[list[tuple[float, str]]]
+    beyond: list[list[str]]
     places: list[list[tuple[int, str]]]
     heights: list[float]
 
@@ -67,7 +70,8 @@ class _Bars(NamedTuple):
 def gap_figure(runs: Sequence[LoadedRun]) -> Figure:
     """A bar for each run from L[q] over L[q*] to log p̂, and an axis for each data set.
 
-    Marks under a bar show how far the other families get. One run also shows its datapoints.
+    Marks under a bar show how far the other families get; beside it an arrow points to those that lie
+    too far off to leave the bars their room. One run also shows its datapoints.
     """
     name = LINE if len(runs) > 1 else 0.0  # the height of a run's name
     on: dict[str, list[LoadedRun]] = {}
@@ -114,22 +118,27 @@ def encode(figure: Figure, suffix: str, dpi: int = 300) -> bytes:
 
 def _bars(runs: list[LoadedRun], name: float) -> _Bars:
     """Where all that is drawn of these runs has room, under names of this height."""
-    marks = [_marks(run) for run in runs]
-    xs = [x for run_marks in marks for x, _ in run_marks]
+    farthest = -FARTHEST * max(0.1, *(run.lines[INFERENCE.name].mean.mean for run in runs))
+    found = [_marks(run, farthest) for run in runs]
+    marks, beyond = [near for near, _ in found], [far for _, far in found]
+    xs = [x for near in marks for x, _ in near] + [farthest] * any(beyond)
     margin = 0.12 * max(max(xs) - min(xs), 0.1)
     limits = min(xs) - margin, max(xs) + margin
     places = [_place(run_marks, limits) for run_marks in marks]
     heights = [name + BAR + LINE * (max(line for line, _ in place) + 2) for place in places]
-    return _Bars(runs, limits, marks, places, heights)
+    return _Bars(runs, limits, marks, beyond, places, heights)
 
 
 def _draw_bars(axes: Axes, bars: _Bars, name: float) -> None:
     axes.set_xlim(*bars.limits)
     tops = np.cumsum([0.0, *bars.heights[:-1]])
-    for run, marks, places, top in zip(bars.runs, bars.marks, bars.places, tops, strict=True):
+    for run, marks, beyond, places, top in zip(
+        bars.runs, bars.marks, bars.beyond, bars.places, tops, strict=True
+    ):
         if name:
             axes.text(bars.limits[0], top + 0.8 * name, run.name, weight="bold", va="bottom")
         _draw_bar(axes, run, top + name, marks, places)
+        axes.text(bars.limits[0], top + name, "\n".join(beyond), va="top", size=SMALL)
     axes.set_ylim(sum(bars.heights), -0.3 * LINE)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
@@ -170,18 +179,22 @@ def _draw_bar(
         axes.text(x, bottom, text, ha=align, va="top", size=SMALL)
 
 
-def _marks(run: LoadedRun) -> list[tuple[float, str]]:
-    """(nats relative to log p̂, what lies there), from the left."""
+def _marks(run: LoadedRun, farthest: float) -> tuple[list[tuple[float, str]], list[str]]:
+    """(nats relative to log p̂, what lies there), from the left; and what lies left of `farthest`."""
     mean = {name: line.mean.mean for name, line in run.lines.items()}
     marks = [
         (-mean[INFERENCE.name], f"{ELBO.label} {mean[ELBO.name]:.1f}"),
         (0.0, f"{LOG_PX.label} {mean[LOG_PX.name]:.1f}"),
     ]
+    beyond = []
     for family in run.families:
-        text = label(LOCAL.of(family))
-        text += f" {mean[LOCAL.of(family)]:.1f}" if family == run.families[0] else ""
-        marks.append((-mean[APPROXIMATION.of(family)], text))
-    return sorted((x, text.replace("-", "−")) for x, text in marks)
+        x, text = -mean[APPROXIMATION.of(family)], label(LOCAL.of(family))
+        value = f" {mean[LOCAL.of(family)]:.1f}"
+        if x < farthest:
+            beyond.append(f"← {text}{value}".replace("-", "−"))
+        else:
+            marks.append((x, text + value * (family == run.families[0])))
+    return sorted((x, text.replace("-", "−")) for x, text in marks), beyond
 
 
 def _place(marks: list[tuple[float, str]], limits: tuple[float, float]) -> list[tuple[int, str]]:
