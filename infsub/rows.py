@@ -170,8 +170,14 @@ def label(name: str, latex: bool = False) -> str:
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Names of quantities in the order of a table's lines, each once; families as they come."""
-    return sorted(dict.fromkeys(names), key=lambda name: QUANTITIES.index(get(name).quantity))
+    """Names of quantities in the order of a table's lines, each once; families as in FAMILIES."""
+    families = ("", *FAMILIES)
+
+    def place(name: str) -> tuple[int, int]:
+        found = get(name)
+        return QUANTITIES.index(found.quantity), families.index(found.family)
+
+    return sorted(dict.fromkeys(names), key=place)
 
 
 def build(name: str, value: Estimate | Array, **fields: Any) -> dict[str, Array]:

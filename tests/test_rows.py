@@ -80,7 +80,9 @@ def test_what_is_built_comes_back_through_json(tmp_path_factory, given_names, in
 def test_lines_stand_in_the_order_of_the_schema(given_names):
     ordered = rows.in_order(name for _, name, _, _ in given_names)
     assert set(ordered) == {name for _, name, _, _ in given_names}
-    places = [rows.QUANTITIES.index(rows.get(name).quantity) for name in ordered]
+    found = [rows.get(name) for name in ordered]
+    families = ["", *posteriors.FAMILIES]
+    places = [(rows.QUANTITIES.index(f.quantity), families.index(f.family)) for f in found]
     assert places == sorted(places)
 
 

@@ -333,7 +333,8 @@ def certificates(shown: Sequence[Cell]) -> tuple[str, bool]:
 
 def model_section(cells: dict[str, claims.Scales], folder: Path) -> Iterator[str]:
     """Which models there are, how they were made, and how far their log p̂ can be believed."""
-    body, uncertain = [], []
+    body: list[list[str]] = []
+    uncertain: dict[str, list[str]] = {}  # why: which
     for run, shown in models(cells).items():
         cell, facts = shown[0], shown[0].entry.facts
         settings = cell.run.settings
@@ -347,7 +348,7 @@ def model_section(cells: dict[str, claims.Scales], folder: Path) -> Iterator[str
                 if text == "–"
                 else f"{text}, no reason known"
             )
-            uncertain.append(f"- `{run}`: {why}.")
+            uncertain.setdefault(why, []).append(f"`{run}`")
         weights = f"runs/{run}/weights.npz"
         hours = "–" if facts["hours"] is None else f"{facts['hours']:.2f}"
         q = rows.family_label(str(settings["model.posterior.name"]))
@@ -363,9 +364,10 @@ def model_section(cells: dict[str, claims.Scales], folder: Path) -> Iterator[str
     hours = [shown[0].entry.facts["hours"] or 0 for shown in models(cells).values()]
     yield f"{sum(hours):.1f} hours of training in all; other jobs ran beside."
     if uncertain:
+        lines = [f"- {why}: {', '.join(named)}." for why, named in uncertain.items()]
         yield (
             f"Without a certificate of at most {MAX_CERTIFICATE:g} nats, so that their log p̂ may be "
-            "farther off than its errors say:\n\n" + "\n".join(uncertain)
+            "farther off than its errors say:\n\n" + "\n".join(lines)
         )
 
 
