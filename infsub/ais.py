@@ -231,7 +231,7 @@ def anneal(
         at_this_temperature = (
             jnp.mean(infos.acceptance),
             jnp.mean(step_size),
-            jnp.sum(jnp.isinf(infos.energy_error)),
+            jnp.sum(infos.energy_error == jnp.inf),
             jnp.std(next_states.log_ratio),
         )
         return (next_states, log_weights, tuner.update(tuning, infos, t)), at_this_temperature
@@ -404,7 +404,8 @@ def ais(
       adaptation: "pilot" freezes step sizes found by a pilot run, which costs an eighth of the run on
         top (at most 8 chains over 25 temperatures); "authors" adapts each chain's while it measures,
         as the paper's code does, for comparison: its weights are not exactly unbiased.
-      step_size: [] or [T], in units of q's scale: frozen as given, no pilot.
+      step_size: [] or [T], in units of q's scale: frozen as given, no pilot; a transition takes its
+        own share of it, drawn from 0.3 to 1, as of the pilot's.
 
     Returns:
       Estimate in nats with log_weights [K] and the mean acceptance.

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 
 from infsub.ais import (
-    AISInfo,
     Annealing,
     Settings,
     anneal,
@@ -44,15 +43,13 @@ class BDMC(NamedTuple):
     standard_error: Array
 
 
-def reverse(
-    key: Key, annealing: Annealing, z: Array, settings: Settings
-) -> tuple[Estimate, AISInfo]:
+def reverse(key: Key, annealing: Annealing, z: Array, settings: Settings) -> Estimate:
     """The kernels of `ais.forward` from p(x, z) down to the base, chains starting at z [D]."""
     z = jnp.broadcast_to(from_z(annealing.frame, z), (settings.num_chains, *z.shape))
     tuner = frozen(annealing.step_sizes)
     log_weights, info, _ = anneal(key, annealing, z, tuner, settings.num_leapfrog, reverse=True)
     inverse = log_mean_exp(-log_weights)._replace(acceptance=jnp.mean(info.acceptance))
-    return inverse._replace(log_px=-inverse.log_px, log_weights=log_weights), info
+    return inverse._replace(log_px=-inverse.log_px, log_weights=log_weights)
 
 
 @jax.jit
@@ -60,7 +57,7 @@ def _reverse_ais(
     key: Key, target: Target, z: Array, q: Gaussian | None, settings: Settings
 ) -> Estimate:
     key_pilot, key_run = jax.random.split(key)
-    return reverse(key_run, prepare(key_pilot, target, q, settings), z, settings)[0]
+    return reverse(key_run, prepare(key_pilot, target, q, settings), z, settings)
 
 
 def reverse_ais(
@@ -117,7 +114,7 @@ def _bdmc(key: Key, target: Target, z: Array, q: Gaussian | None, settings: Sett
     key_pilot, key_forward, key_reverse = jax.random.split(key, 3)
     annealing = prepare(key_pilot, target, q, settings)
     lower, _ = forward(key_forward, annealing, settings)
-    upper, _ = reverse(key_reverse, annealing, z, settings)
+    upper = reverse(key_reverse, annealing, z, settings)
     error = jnp.hypot(lower.standard_error, upper.standard_error)
     return BDMC(lower, upper, upper.log_px - lower.log_px, error)
 

@@ -26,6 +26,10 @@ from infsub.types import (
 )
 
 _MAX_TAIL = 512
+_FLOAT_SPAN, _MAX_SPAN = (
+    80.0,
+    1e3,
+)  # nats that float32 weights span, and that a tail is taken to at most
 
 
 def checked(name: str, log_density: Callable[[Any], Scalar], z: Any) -> Scalar:
@@ -115,8 +119,13 @@ def log_mean_exp(log_weights: Samples) -> Estimate:
     effective sample size (Σw)² / Σw²; NaN for K = 1.
     """
     (num_samples,) = log_weights.shape
-    total, total_squares = log_sum_exp(log_weights), log_sum_exp(2 * log_weights)
-    return _estimate(total, total_squares, num_samples, log_weights)
+    # Relative to the largest, so that the error of alike weights is not that of rounding log p(x).
+    largest = jax.lax.stop_gradient(jnp.max(log_weights))
+    shift = jnp.where(jnp.isfinite(largest), largest, 0)
+    relative = log_weights - shift
+    total, total_squares = log_sum_exp(relative), log_sum_exp(2 * relative)
+    estimate = _estimate(total, total_squares, num_samples, log_weights)
+    return estimate._replace(log_px=estimate.log_px + shift)
 
 
 def _estimate(
@@ -176,7 +185,7 @@ def iwae(
 def _iwae(key: Key, target: Target, q: Partial, num_samples: int, chunk_size: int) -> Estimate:
     num_chunks = -(-num_samples // chunk_size)
     chunk_size = -(-num_samples // num_chunks)
-    tail_size = min(_tail_size(num_samples), chunk_size * num_chunks)
+    tail_size = _tail_size(num_samples)
     weight = partial(log_weight, target=target, q=q)
 
     def chunk(carry, start):
@@ -206,13 +215,15 @@ def pareto_k(tail: Samples) -> Scalar:
     """Shape k of a generalised Pareto fitted to the largest weights, tail [M+1] descending -> [].
 
     The smallest of the tail is the threshold the M others exceed; −inf where most equal it.
-    Zhang & Stephens' (2009) estimator with the prior of Vehtari et al. 2024, arXiv 1507.02646, app. G.
+    Zhang & Stephens' (2009) estimator with the prior of Vehtari et al. 2024, arXiv 1507.02646, app. G;
+    where the tail spans more than float32 does, Hill's (1975), the mean of log weight/threshold.
     """
     size = tail.size - 1
     weights = jnp.exp(tail - tail[0])[::-1]
     excess = weights[1:] - weights[0]  # ascending, [M]
     num_grid = 30 + math.isqrt(size)
-    quartile = excess[math.floor(size / 4 + 0.5) - 1]
+    rank = math.floor(size / 4 + 0.5) - 1
+    quartile = excess[rank]
     grid = jnp.arange(1, num_grid + 1) - 0.5
     theta = 1 / excess[-1] + (1 - jnp.sqrt(num_grid / grid)) / (3 * quartile)
     shape = jnp.mean(jnp.log1p(-theta[:, None] * excess), axis=1)
@@ -220,4 +231,7 @@ def pareto_k(tail: Samples) -> Scalar:
     theta = jnp.sum(jax.nn.softmax(profile) * theta)
     shape = jnp.mean(jnp.log1p(-theta * excess))
     k = (shape * size + 0.5 * 10) / (size + 10)
-    return jnp.where(quartile == 0, -jnp.inf, k)  # equal to rounding: nothing to fit
+    k = jnp.where(quartile == 0, -jnp.inf, k)  # equal to rounding: nothing to fit
+    spans = tail[0] - jnp.maximum(tail, tail[0] - _MAX_SPAN)  # a weight of 0 spans as much
+    hill = spans[-1] - jnp.mean(spans[:-1])
+    return jnp.where(spans[size - 1 - rank] > _FLOAT_SPAN, hill, k)

@@ -325,6 +325,11 @@ def resolve(config: Config) -> Config:
             "config.evaluate.ais.schedule=adaptive is found in the pilot run: it needs "
             "config.evaluate.ais.adaptation=pilot."
         )
+    if evaluate.bdmc.num_points and evaluate.ais.adaptation != "pilot":
+        raise UserError(
+            "config.evaluate.bdmc certifies AIS whose step sizes are frozen, for reverse AIS must take the "
+            "same: it needs config.evaluate.ais.adaptation=pilot, or bdmc.num_points=0."
+        )
     if evaluate.grid and config.model.latent_dim != 2 and not config.model.imported:
         raise UserError(
             f"config.evaluate.grid={evaluate.grid} needs config.model.latent_dim=2, a plane "

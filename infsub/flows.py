@@ -66,6 +66,7 @@ def push(
 
 def soft_clip(a: Array, limit: float) -> Array:
     """`a` kept within ±limit, smooth and increasing; off by e^(|a| − limit) inside."""
+    a = jnp.clip(a, -1e6, 1e6)  # beyond, the difference would be rounding
     return a - jax.nn.softplus(a - limit) + jax.nn.softplus(-a - limit)
 
 
@@ -92,7 +93,8 @@ def _tanh_flow(matrices: Callable[[Params], tuple[Array, Array, Array, Array]]) 
         residual = z - (near + a @ hidden)
         # Woodbury: (I + A S B)⁻¹ = I − A (I + S B A)⁻¹ S B
         system = jnp.eye(slope.size, dtype=z.dtype) + slope[:, None] * product
-        inner = jax.scipy.linalg.solve_triangular(system, slope * (b @ residual))
+        # Upper triangular; reversed, lower.
+        inner = linalg.solve(system[::-1, ::-1], (slope * (b @ residual))[::-1])[::-1]
         z = near + residual - a @ inner
         return z, forward(params, z, context)[1]
 

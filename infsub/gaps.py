@@ -453,7 +453,8 @@ def _witnesses(
             flags += _flag(f"{label(name)} below log p̂ {beyond}", bad, some.indices, then, name)
     if schema.GRID.name in lines:
         truth = rows.columns[schema.GRID.name]
-        limit = POINT_ERRORS * np.hypot(log_px.errors, truth.fields.get("error", 0))
+        errors = np.hypot(log_px.errors, truth.fields.get("error", 0))
+        limit = np.maximum(POINT_ERRORS * errors, MIN_DIFFERENCE)
         bad = np.abs(log_px.values - truth.values) > limit
         text = f"log p̂ off log p(x) of the grid {beyond}"
         flags += _flag(text, bad, rows.indices, about=schema.LOG_PX.name)

@@ -124,15 +124,17 @@ def step(
 ) -> tuple[HMCState, HMCInfo]:
     """One HMC transition that leaves π_β invariant and is reversible with respect to it.
 
-    A proposal whose energy or gradient is not finite is rejected. Arguments as in `trajectory`.
+    A proposal whose energy or gradient is not finite is rejected; one from where the density is 0 to
+    where it is not is accepted. Arguments as in `trajectory`.
     """
     key_momentum, key_accept = jax.random.split(key)
     momentum = jax.random.normal(key_momentum, state.z.shape, state.z.dtype)
     end, end_momentum = trajectory(state, momentum, path, beta, step_size, scale, num_leapfrog)
     kinetic = 0.5 * (jnp.sum(end_momentum**2) - jnp.sum(momentum**2))
-    energy_error = kinetic - (end.log_density(beta) - state.log_density(beta))
-    finite = jnp.isfinite(energy_error) & jnp.all(jnp.isfinite(end_momentum))
-    energy_error = jnp.where(finite, energy_error, jnp.inf)
+    log_density = end.log_density(beta)
+    energy_error = kinetic - (log_density - state.log_density(beta))
+    finite = jnp.isfinite(log_density) & jnp.all(jnp.isfinite(end_momentum))
+    energy_error = jnp.where(finite & (energy_error < jnp.inf), energy_error, jnp.inf)
     uniform = jax.random.uniform(key_accept, dtype=state.z.dtype)
     accepted = jnp.log(uniform) < -energy_error
     # A select, never a product: NaN · 0 is NaN.

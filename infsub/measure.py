@@ -150,6 +150,11 @@ def certify_datapoint(
       ValueError: as `bounds_of_datapoint`.
     """
     _check(settings)
+    if settings.ais.adaptation != "pilot":
+        raise ValueError(
+            "the certificate is of AIS whose step sizes are frozen: it needs adaptation='pilot'; got "
+            f"{settings.ais.adaptation!r}"
+        )
 
     def model(key: Key) -> tuple[Array, Target, Gaussian | None]:
         z, point = simulate(named(key, "model"))
@@ -160,7 +165,7 @@ def certify_datapoint(
         return z, point.target, _ais_start(point, fits, curvature, settings)
 
     options = settings.ais._asdict()
-    del options["adaptation"]  # reverse AIS has the pilot's alone
+    del options["adaptation"]
     result = bdmc(key, model, **options)
     return {
         **rows.build(rows.TWO_SIDED.name, result.gap, se=result.standard_error),
@@ -203,6 +208,8 @@ def _check(settings: Settings) -> None:
             raise ValueError(
                 f"{name} must be one of {', '.join(known)}; got {getattr(settings, name)!r}"
             )
+    if settings.ais_start == "local" and not settings.families:
+        raise ValueError("ais_start='local' starts from the first of families, and there is none")
 
 
 def _fits(

@@ -18,7 +18,6 @@ odd order.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -455,7 +454,7 @@ def rnvp(
         join=jnp.concatenate,
     )
     wide = (
-        num_steps >= flows.NUM_SHEARS and half > 0 and latent_dim - half <= min(*hidden, math.inf)
+        num_steps >= flows.NUM_SHEARS and half > 0 and latent_dim - half <= min(hidden, default=0)
     )
     return posterior._replace(place=place if wide else None)
 
@@ -579,7 +578,8 @@ def auxiliary(
         params = with_gaussian(params, Gaussian(q.mean, scale))
         return params | {"shared": shared | {"r": r, "steps": steps}}
 
-    wide = num_v == latent_dim <= min(*hidden, *auxiliary_hidden, math.inf)
+    narrowest = min(min(hidden, default=0), min(auxiliary_hidden, default=0))
+    wide = num_v == latent_dim <= narrowest  # a net without hidden layers has no units to place
     return Posterior(init, sample, place=place if wide else None)
 
 

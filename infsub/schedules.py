@@ -72,10 +72,14 @@ def equal_distances(
 
     Args:
       betas: [P+1], where a pilot looked.
-      deviations: [P], sd of log_ratio over its chains at betas[1:].
+      deviations: [P], sd of log_ratio over its chains at betas[1:]; one that is not finite, of a chain
+        at zero density, says nothing.
       num_temperatures: T.
     """
-    deviations = jnp.maximum(smooth(deviations), 1e-6 * jnp.max(deviations))
+    deviations = jnp.where(jnp.isfinite(deviations), deviations, 0)
+    largest = jnp.max(deviations)
+    # Where the chains never differed any temperatures do.
+    deviations = jnp.where(largest > 0, jnp.maximum(smooth(deviations), 1e-6 * largest), 1)
     lengths = jnp.cumsum(deviations * jnp.diff(betas))
     lengths = jnp.concatenate([jnp.zeros(1, betas.dtype), lengths])
     equal = jnp.linspace(0, 1, num_temperatures + 1, dtype=betas.dtype) * lengths[-1]

@@ -6,7 +6,8 @@ nats: of a model's mean the paired error over datapoints, of a datapoint the Mon
 
 1. inconclusive (log p̂): it is in doubt. A bound is not finite; it has too few effective samples; it is
    IWAE, and Pareto k is too large; another start's bound lies beyond it; or g is negative beyond.
-2. inconclusive (the certificate): upper − lower bound of simulated data, with 2 errors, exceeds g.
+2. inconclusive (the certificate): upper − lower bound of simulated data, with 2 errors, exceeds g, and
+   TIGHT nats.
 3. tight: g, with 2 errors, is below TIGHT nats.
 4. optimiser: a is negative beyond, L[q*] is worse than L[q]; or p exceeds a beyond and L[q*] has not
    converged, so that p may be the optimiser's. Where a exceeds p, a longer run can only make it larger.
@@ -16,8 +17,8 @@ nats: of a model's mean the paired error over datapoints, of a datapoint the Mon
    approximation gap of the full Gaussian beyond, (shape) where it falls short of it.
 
 Of a model rules 1 and 4 hold where they do at more than SHARE of its datapoints, 1 also where another
-start's bound lies beyond log p̂ on average. Without log p̂ or a family nothing can be said. The model's
-verdict is on the means: `count` says how many datapoints have which.
+start's bound lies beyond log p̂ on average, by more than TIGHT nats. Without log p̂ or a family nothing can
+be said. The model's verdict is on the means: `count` says how many datapoints have which.
 """
 
 from __future__ import annotations
@@ -110,7 +111,8 @@ def judge(rows: Rows, found: Decomposition, certificate: Certificate | None = No
     width, masks = _width(certificate), [_marked(found, names) for names in _doubts(found)]
     kept = _decide(lines, families, masks, width, of_mean=False)
     most = [np.array([np.mean(mask) > SHARE]) for mask in masks]
-    most[0] |= _contested(rows.at(np.isin(rows.indices, found.indices)), lines)
+    lost = 1 - len(found.indices) / len(rows.indices)  # a bound is not finite
+    most[0] |= lost > SHARE or _contested(rows.at(np.isin(rows.indices, found.indices)), lines)
     (model,) = _decide(lines, families, most, width, of_mean=True)
     by_index = dict(zip(found.indices.tolist(), kept, strict=True))
     unfinished = Verdict("inconclusive", "not finite", _NEXT["finite"])

@@ -153,6 +153,40 @@ def test_pareto_k_of_equal_weights_does_not_warn():
     assert pareto_ks(jnp.zeros((50, bounds._tail_size(4000) + 1))).tolist() == [-jnp.inf] * 50
 
 
+@pytest.mark.parametrize("scale", [20.0, 50.0, 100.0, 1000.0])
+def test_pareto_k_warns_where_the_tail_spans_more_than_float32(scale):
+    log_weights = scale * np.random.default_rng(0).normal(size=(20, 5000))
+    tail = np.sort(log_weights, axis=1)[:, ::-1][:, : bounds._tail_size(5000) + 1]
+    found = jax.device_get(pareto_ks(tail.astype(np.float32)))
+    assert np.all(found > 0.7)
+    if scale >= 100:  # Hill's, of a tail that is cut at e^-1000
+        spans = np.minimum(tail[:, :1] - tail, 1000)
+        want = spans[:, -1] - np.mean(spans[:, :-1], axis=1)
+        np.testing.assert_allclose(found, want, rtol=1e-4)
+
+
+def test_pareto_k_of_weights_that_are_mostly_zero_warns():
+    tail = np.full((1, bounds._tail_size(4000) + 1), -np.inf, np.float32)
+    tail[:, :20] = 0
+    assert np.isfinite(pareto_ks(tail)).all()
+    assert (np.asarray(pareto_ks(tail)) > 0.7).all()
+
+
+@pytest.mark.parametrize("level", [0.0, -1500.0, 3e4])
+def test_alike_weights_have_the_error_of_their_spread_at_any_level(level):
+    spread = np.random.default_rng(0).normal(size=16)
+    log_weights = np.float32(level) + np.float32(2.0**-4) * np.round(spread * 16).astype(np.float32)
+    relative = np.exp(
+        log_weights.astype(np.float64) - level
+    )  # exact: multiples of 1/16 at any level
+    want = np.std(relative, ddof=1) / np.sqrt(16) / np.mean(relative)
+    found = jax.jit(bounds.log_mean_exp)(log_weights)
+    np.testing.assert_allclose(found.standard_error, want, rtol=1e-5)
+    np.testing.assert_allclose(
+        found.log_px, level + np.log(np.mean(relative)), rtol=1e-6, atol=1e-6
+    )
+
+
 def test_iwae_warns_of_a_bad_q_and_not_of_a_good_one():
     model = linear_gaussian(50, 100, noise=0.3)
 

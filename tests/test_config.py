@@ -75,6 +75,10 @@ def test_a_value_that_nothing_could_use_is_named(name, value):
             {"evaluate.ais.schedule": "adaptive", "evaluate.ais.adaptation": "authors"},
             "schedule=adaptive is found in the pilot run: it needs .*adaptation=pilot",
         ),
+        (
+            {"evaluate.bdmc.num_points": 5, "evaluate.ais.adaptation": "authors"},
+            "step sizes are frozen, .*needs config.evaluate.ais.adaptation=pilot",
+        ),
         ({"train.annealing": "kl"}, "annealing=kl needs config.train.annealing_epochs of at"),
         ({"train.freeze": "decoder"}, "would freeze an untrained decoder; give config.init_from"),
     ],

@@ -174,6 +174,24 @@ def multiple(factor, z):
     return factor * jnp.sum(z)
 
 
+def beyond_a_wall(wall, z):
+    return jnp.where(jnp.sum(z) > wall, 0.0, -jnp.inf)
+
+
+def test_a_chain_leaves_where_the_density_is_zero_and_does_not_go_there():
+    step = jax.jit(hmc.step, static_argnums=6)
+    keys = jax.random.split(jax.random.key(0), 50)
+    for wall, accepted in ((1e6, [False]), (jnp.sum(START) + 1e-3, [True, False])):
+        path = PATH._replace(log_ratio=Partial(beyond_a_wall, wall))
+        state = jax.jit(hmc.init)(path, START)
+        assert state.log_density(BETA) == -jnp.inf
+        after, info = jax.vmap(lambda key: step(key, state, path, BETA, 0.1, SCALE, 3))(keys)  # noqa: B023
+        inside = after.z.sum(axis=1) > wall
+        np.testing.assert_array_equal(info.accepted, inside)
+        assert set(inside.tolist()) == set(accepted)
+        np.testing.assert_array_equal(info.acceptance, inside)
+
+
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_non_finite_proposals_are_rejected(bad):
     state = jax.jit(hmc.init)(PATH, START)

@@ -127,3 +127,12 @@ def test_an_unknown_start_is_named(xs, name):
     settings = SETTINGS._replace(**{name: "encoder"})
     with pytest.raises(ValueError, match=f"{name} must be one of posterior, .*got 'encoder'"):
         bounds(jax.random.key(0), xs[0], settings=settings)
+
+
+def test_a_start_without_a_family_and_a_certificate_of_steps_that_adapt_are_named(xs):
+    settings = SETTINGS._replace(ais_start="local", families=())
+    with pytest.raises(ValueError, match="the first of families, and there is none"):
+        bounds(jax.random.key(0), xs[0], settings=settings)
+    settings = SETTINGS._replace(ais=SETTINGS.ais._replace(adaptation="authors"))
+    with pytest.raises(ValueError, match="needs adaptation='pilot'; got 'authors'"):
+        certified(jax.random.key(0), None, settings=settings)

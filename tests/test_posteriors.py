@@ -295,6 +295,21 @@ def test_a_flow_placed_at_a_gaussian(make, tolerance, latent_dim):
 def test_a_flow_without_room_for_shears_is_not_placed():
     for narrow in (posteriors.rnvp(4, 1), posteriors.rnvp(4, hidden=(1,))):
         assert narrow.place is None
+    linear = {"hidden": ()}, {"auxiliary_hidden": ()}
+    for narrow in (
+        posteriors.rnvp(4, hidden=()),
+        *(posteriors.auxiliary(4, **hidden) for hidden in linear),
+    ):
+        assert narrow.place is None
+
+
+@pytest.mark.parametrize("limit", [7.0, 100.0])
+def test_a_soft_clip_stays_within_its_limit_and_increases(limit):
+    a = np.float32([-np.inf, -1e10, -1e7, -500, -limit, 0, 1, limit, 500, 1e7, 1e10, np.inf])
+    clipped = np.asarray(jax.jit(flows.soft_clip)(a, limit))
+    assert np.all(np.abs(clipped) <= limit)
+    assert np.all(np.diff(clipped) >= 0)
+    np.testing.assert_allclose(clipped[[0, 5, 6, -1]], [-limit, 0, 1, limit], rtol=0.01, atol=1e-6)
 
 
 @each_family

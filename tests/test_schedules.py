@@ -50,6 +50,20 @@ def test_no_other_array_is_taken(betas, data):
                 schedule_betas(array)
 
 
+@pytest.mark.parametrize("spread", [0.0, np.nan])
+def test_where_chains_never_differ_temperatures_lie_at_equal_distances(spread):
+    betas = np.asarray(equal(PILOT, np.full(20, spread, np.float32), 7))
+    np.testing.assert_allclose(betas, np.linspace(0, 1, 8), atol=1e-6)
+
+
+def test_a_chain_at_zero_density_leaves_the_other_temperatures_alone():
+    spread = np.linspace(1, 2, 20, dtype=np.float32)
+    spread[0] = np.nan
+    betas = np.asarray(equal(PILOT, spread, 7))
+    assert (betas[0], betas[-1]) == (0, 1)
+    assert np.all(np.diff(betas) > 0)
+
+
 @given(spreads)
 @example(np.ones(20, np.float32))
 def test_temperatures_lie_at_equal_distances(spread):
