@@ -9,7 +9,6 @@ names, in a run that is published, or measured and not trained here.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import shutil
@@ -20,7 +19,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from infsub import records
+from infsub import files, records
 from infsub.types import UserError
 from infsub.vae import Variables, make_vae
 
@@ -65,7 +64,7 @@ class Checkpoints:
         # Copies: the training step is about to reuse the device's buffers.
         arrays = {name: np.array(leaf) for name, leaf in _flatten(tree).items() if leaf.size}
         arrays[_IDENTITY] = np.frombuffer(self._identity.encode(), np.uint8)
-        arrays[_CHECKSUM] = _checksum(arrays)
+        arrays[_CHECKSUM] = _digest(arrays)
         self._writer.save(path.absolute(), args=self._save_args(arrays))
 
     def wait(self) -> None:
@@ -124,7 +123,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
             handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())
             with ocp.Checkpointer(handler, multiprocessing_options=_alone()) as reader:
                 arrays = reader.restore(path.absolute())
-        whole = np.array_equal(arrays.pop(_CHECKSUM), _checksum(arrays))
+        whole = np.array_equal(arrays.pop(_CHECKSUM), _digest(arrays))
     except Exception as error:  # a truncated file ends in any of a dozen errors of tensorstore's
         reason = str(error).partition("\n")[0][:120]
         raise Damaged(f"checkpoint {path} cannot be read ({reason})") from error
@@ -206,7 +205,7 @@ def weights(variables: Variables, step: int, identity: str) -> dict[str, np.ndar
     """
     arrays = {n: np.asarray(a, np.float32) for n, a in _flatten(variables).items() if a.size}
     arrays |= {_STEP: np.asarray(step), _IDENTITY: np.frombuffer(identity.encode(), np.uint8)}
-    return arrays | {_CHECKSUM: _checksum(arrays)}
+    return arrays | {_CHECKSUM: _digest(arrays)}
 
 
 def _read_weights(path: Path, variables: Any, identity: str, which: str) -> tuple[Variables, int]:
@@ -235,13 +234,8 @@ def _flatten(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
 
 
-def _checksum(arrays: dict[str, np.ndarray]) -> np.ndarray:
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        array = arrays[name]
-        digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(array.tobytes())
-    return np.frombuffer(digest.digest(), np.uint8)
+def _digest(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    return np.frombuffer(files.checksum(arrays), np.uint8)
 
 
 def _remove(path: Path) -> None:

@@ -17,7 +17,7 @@ import jax
 import jax.monitoring
 from filelock import FileLock, Timeout
 
-from infsub.files import duration
+from infsub.files import cache_folder, duration
 
 _OURS = {
     # jax keeps what took a second; but what a short run waits for is small programs too.
@@ -52,8 +52,6 @@ def keep() -> None:
 
 def _folder() -> Path:
     """Of one kind of machine: jax's key may leave out a CPU's instructions and cores."""
-    root = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    base = root if root.is_absolute() else Path.home() / ".cache"
     machine: list[Any] = [platform.machine(), os.cpu_count()]
     with contextlib.suppress(OSError, AttributeError):  # not Linux
         machine.append(len(os.sched_getaffinity(0)))
@@ -61,7 +59,7 @@ def _folder() -> Path:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         machine += sorted({line for line in lines if line.startswith(names)})
     kind = hashlib.sha256(repr(machine).encode()).hexdigest()[:8]
-    return base / "infsub" / "compilations" / kind
+    return cache_folder() / "compilations" / kind
 
 
 def _mend(folder: Path) -> None:

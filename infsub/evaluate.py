@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import time
 from collections.abc import Callable
@@ -13,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
 
 from infsub import (
     checkpoints,
@@ -22,7 +20,6 @@ from infsub import (
     files,
     imported,
     locks,
-    posteriors,
     records,
     rows,
     shards,
@@ -32,11 +29,10 @@ from infsub import (
 from infsub import config as configs
 from infsub.datapoints import few_sizes, map_datapoints
 from infsub.keys import Stream, stream
-from infsub.measure import Datapoint
 from infsub.shards import WHOLE, Shard
 from infsub.subjects import Subject
-from infsub.types import Array, Key, UserError
-from infsub.vae import VAE, Variables, make_vae
+from infsub.types import Key, UserError
+from infsub.vae import make_vae
 
 _NUM_DRAWN = 6  # datapoints whose posteriors are drawn
 _ACTIVITY = "evaluation"  # of the lock
@@ -182,13 +178,13 @@ def _ours(config: configs.Config, workdir: Path, run: dict[str, Any], root: Key)
     vae = make_vae(config.model, dataset.image_shape, dataset.levels)
     if settings.split == "model":
         number = settings.first or 10 * settings.per_class
-        split = simulate(stream(root, Stream.IMAGES), vae, variables, number)
+        split = subjects.simulate(stream(root, Stream.IMAGES), vae, variables, number)
         facts["images"] = hashlib.sha256(np.asarray(split.images.values).tobytes()).hexdigest()[:16]
     else:
         split = dataset.split(settings.split)
     own = config.model.posterior.name
     points = _points_of(split, dataset.levels, root)
-    return _Source(subject_of(vae, own), variables, own, points, facts)
+    return _Source(subjects.of_vae(vae, own), variables, own, points, facts)
 
 
 def _theirs(config: configs.Config, root: Key) -> _Source:
@@ -241,37 +237,6 @@ def _points_of(split: data.Split, levels: int, root: Key) -> _Points:
     return _Points(split.size, split.labels, at, shown)
 
 
-@functools.cache
-def subject_of(vae: VAE, own: str) -> Subject:
-    """A VAE as what is measured, its x [H, W, C]; `own` is its encoder's family."""
-
-    def describe(key: Key, variables: Variables, x: Array) -> Datapoint:
-        posterior, params = vae.posterior(variables, x), vae.encode(variables, x)
-        if not params["shared"] and set(params["encoded"]) == {"mean", "log_scale"}:
-            base = posteriors.gaussian_of(params)
-        else:
-            base = posteriors.moment_matched(key, posterior, params)
-        q = posteriors.sampler(posterior, params)
-        return Datapoint(vae.target(variables, x), q, base, own, (posterior, params))
-
-    def simulate(key: Key, variables: Variables, _: Any) -> tuple[Array, Array]:
-        return vae.simulate(key, variables)
-
-    return Subject(Partial(describe), Partial(simulate))
-
-
-def simulate(key: Key, vae: VAE, variables: Variables, num_points: int) -> data.Split:
-    """N draws x ~ p(x) of the model as a split without labels; index i uses fold_in(key, i)."""
-
-    def draw(key: Key, _: Array, variables: Variables) -> Array:
-        return vae.simulate(key, variables)[1].astype(jnp.uint8)
-
-    values = jnp.asarray(map_datapoints(draw, key, np.arange(num_points), variables))
-    _, height, width, channels = values.shape
-    images = data.Images(values, "levels", (height, width, channels))
-    return data.Split(images, None, num_points)
-
-
 def choose(split: Any, settings: Any) -> np.ndarray:
     """Indices [N] into a split, or whatever has a size and labels: by file, per class, first n, all."""
     if settings.indices_file:
@@ -310,7 +275,7 @@ def _claim(
     workdir: Path, settings: Any, run: dict[str, Any], facts: dict[str, Any], num_points: int
 ) -> Path:
     """The folder of this evaluation, whose config.json says with which settings it is made."""
-    folder = workdir / settings.name if settings.name else workdir
+    folder = workdir / settings.name
     used = _used(settings) | facts
     before = files.read_json(folder / "evaluation.json")
     if before is not None:
@@ -319,12 +284,10 @@ def _claim(
         before = _used(configs.default().evaluate) | added | before  # with what was added since
     if before is not None and before != used and shards.read(folder, "rows"):
         raise UserError(
-            f"{folder / 'rows.jsonl'} was made with other settings: "
+            f"{' and '.join(map(str, shards.paths(folder, 'rows')))} was made with other settings: "
             f"{'; '.join(configs.differences(before, used))}. Keep both with "
-            "--config.evaluate.name=NAME, a folder for this evaluation, or remove that file."
+            "--config.evaluate.name=NAME, a folder for this evaluation, or remove it."
         )
-    if settings.name:
-        folder.mkdir(exist_ok=True)
     if before != used:  # what is left of an evaluation whose rows were removed
         left = [folder / name for name in (records.POSTERIORS, records.IMAGES)]
         for path in (*left, *shards.paths(folder, "bdmc")):

@@ -434,7 +434,8 @@ def _write_summary(
         given = config.experiment
         title = f"{given.question} ({given.name}, scale {config.scale})"
         figure = given.figure.to_dict() if show else None  # drawn once, at the end
-        report.experiment(title, figure, ended, folder)
+        thresholds = cells[0].config.report.to_dict()
+        report.experiment(title, figure, ended, folder, thresholds)
     if show:
         counts = f"{len(ended)} of {len(cells)} cells of {config.experiment.name} are done"
         text = "".join(f"; {name}: {why}" for name, why in wrong.items())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import errno
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -101,6 +102,16 @@ class Progress:
         """Leaves the bar as it is."""
         if self._bar is not None:
             self._bar.close()
+
+
+def cache_folder() -> Path:
+    """Where infsub keeps what can be made anew: in $XDG_CACHE_HOME, or ~/.cache.
+
+    Raises:
+      RuntimeError: there is no home.
+    """
+    root = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (root if root.is_absolute() else Path.home() / ".cache") / "infsub"
 
 
 def aside(path: Path) -> Path:
@@ -268,6 +279,15 @@ def npz_bytes(arrays: Mapping[str, Any]) -> bytes:
     content = io.BytesIO()
     np.savez_compressed(content, **arrays)
     return content.getvalue()
+
+
+def checksum(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """SHA-256 of arrays by name: of their types, shapes and every byte."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
+        digest.update(arrays[name].tobytes())
+    return digest.digest()
 
 
 def read_npz(path: Path, *layouts: Mapping[str, str]) -> dict[str, np.ndarray]:

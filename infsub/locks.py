@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import shlex
 import socket
@@ -29,6 +30,7 @@ from infsub.types import UserError
 SIGN_OF_LIFE = 20.0  # seconds between two
 PRESUMED_DEAD = 120.0  # seconds without one
 MOMENT = 10.0  # seconds within which who only looks, or notes something, is done
+_NOTE: dict[str, type] = {"host": str, "pid": int, "since": str, "command": str}
 _JOBS = ("SLURM_JOB_ID", "JOB_COMPLETION_INDEX", "SKYPILOT_TASK_ID")  # set in a scheduler's job
 CONFIRMED = 1.0  # seconds after which another host's note would be seen
 POLL = 1.0  # seconds between two looks at a lock that is waited for
@@ -147,18 +149,22 @@ def _here() -> dict[str, Any]:
 
 def _read(note: Path) -> dict[str, Any] | None:
     try:
-        found = read_json(note)
-    except (OSError, ValueError, UserError):  # being written, or not ours
+        return read_json(note, _NOTE)
+    except UserError:  # being written, or not ours
         return None
-    return found if isinstance(found, dict) and _here().keys() <= found.keys() else None
 
 
 def _age(note: Path) -> float:
-    """Seconds since the owner's last sign of life, by the clock of the note's own file system."""
+    """Seconds since the owner's last sign of life, by the clock of the note's own file system.
+
+    Infinitely many where there is no note any more.
+    """
     probe = aside(note)
     probe.touch()
     try:
         return probe.stat().st_mtime - note.stat().st_mtime
+    except FileNotFoundError:
+        return math.inf
     finally:
         probe.unlink()
 

@@ -54,10 +54,13 @@ COORDINATOR = flags.DEFINE_string(
 
 
 def config_first(argv: list[str]) -> list[str]:
-    """`argv` itself, put into the order config_flags insists on: --config before its overrides.
+    """`argv` itself, put into the order config_flags insists on: --config=FILE before its overrides.
 
     A field cannot be called import, which is Python's own word: as a flag it may.
     """
+    for n, argument in enumerate(argv[:-1]):
+        if argument == "--config":
+            argv[n : n + 2] = [f"--config={argv[n + 1]}"]
     for n, argument in enumerate(argv):
         if argument.startswith("--config.model.import="):
             argv[n] = argument.replace("import", "imported", 1)
@@ -69,12 +72,12 @@ def explain(argv: list[str], error: Exception) -> str:
     """One sentence for a mistake on the command line, or in the config file it names."""
     if isinstance(error, UserError):
         return str(error)
-    files = [a.partition("=")[2] for a in argv if a.startswith("--config=")]
+    given = [a.partition("=")[2] for a in argv if a.startswith("--config=")]
     overrides = [a[9:].partition("=")[0] for a in argv if a.startswith("--config.")]
-    if overrides and not files:
+    if overrides and not given:
         return "--config.field=value changes a config file's field: give --config=FILE.py too."
-    if files and not Path(files[-1].partition(":")[0]).is_file():
-        return f"--config={files[-1]}: there is no such file."
+    if given and not Path(given[-1].partition(":")[0]).is_file():
+        return f"--config={given[-1]}: there is no such file."
     if isinstance(error, AttributeError | KeyError):
         known = [name for name, _ in configs.flatten(configs.default())]
         for name in overrides:
@@ -84,7 +87,7 @@ def explain(argv: list[str], error: Exception) -> str:
                 return f"there is no field config.{name}: {hint}"
     reason = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
     kind = type(error).__name__
-    where = "" if type(error).__module__.startswith("absl") else f"--config={files[-1]} failed: "
+    where = "" if type(error).__module__.startswith("absl") else f"--config={given[-1]} failed: "
     return f"{where}{reason if where == '' or kind in reason else f'{kind}: {reason}'}."
 
 
@@ -150,6 +153,11 @@ def main(_: list[str]) -> int:
         if MODE.value == "status":
             print(experiments.status(workdir) or records.status(workdir))
         elif "experiment" in (CONFIG.value or {}):
+            if team:
+                raise UserError(
+                    "an experiment's cells train one after the other: --shard=i/n shares them among n "
+                    "processes, without --coordinator and as one task each."
+                )
             with timed():
                 return run_experiment(MODE.value, CONFIG.value, workdir, shard)
         elif CELLS.value:
@@ -226,7 +234,7 @@ def run(
         if mode == "run" and (lacking := records.missing(evaluation)):
             files.say(f"{shard} of {evaluation} is done, {lacking}: the last shard reports.")
         elif mode in ("run", "report"):
-            report.report(str(evaluation))
+            report.report(str(evaluation), config.report.to_dict())
     if failed:
         raise records.Stopped(f"{'; '.join(failed)}.", exit_code=1)
 
@@ -236,6 +244,8 @@ def run_experiment(
 ) -> int:
     """Runs an experiment's cells, or draws its table and figure anew; the exit code."""
     overrides = list(config_flags.get_override_values(flags.FLAGS["config"]))
+    if mode == "report" and CELLS.value:
+        raise UserError("--cells is for --mode=run; report draws all that is done.")
     if mode == "report":
         return experiments.redraw(config, workdir, overrides)
     if mode != "run":

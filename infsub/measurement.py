@@ -131,9 +131,11 @@ class Measurement:
         """Writes the measurement as a run's folder; `infsub.load` reads it. The folder's path.
 
         Raises:
-          UserError: there are other rows already.
+          UserError: there are other rows already, or it is a run that the command has made.
         """
         folder = Path(folder)
+        if any((folder / name).exists() for name in ("checkpoints", "evaluation.json")):
+            raise UserError(f"{folder} is a run of the command: give another folder.")
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "rows.jsonl"
         if path.exists() and files.read_rows(path) != [files.finite(row) for row in self.rows]:

@@ -66,6 +66,8 @@ class Member:
         self.progress["step"] = np.asarray(step)
         self.checkpoints.save(step, state | {"progress": self.progress})
         self.write_csv()
+        if self._board is not None:
+            self._board.flush()  # what a kill leaves goes as far as the checkpoint that goes on
 
     def record(self, row: dict[str, Any], speed: float) -> None:
         """One epoch's row, to metrics.jsonl and TensorBoard."""

@@ -145,12 +145,13 @@ def pack(workdir: Path, out: Path, weights: Sequence[str] = ()) -> list[str]:
       weights: runs whose weights are published too.
 
     Raises:
-      UserError: OUT is a workdir itself, nothing is done, no such run, weights that are too large
+      UserError: OUT has runs that are not published, nothing is done, no such run, weights that are too large
         together, cells.json of an older infsub, or files that are not a run's. Nothing is written then.
     """
-    if any(out.glob("*/cells.json")):  # what is not published would be removed from it
+    # What is not published would be removed from it.
+    if any(out.glob("*/cells.json")) or ((out / "runs").exists() and not read(out)):
         raise UserError(
-            f"--out={out} is a workdir of experiments: give another folder to publish in."
+            f"--out={out} holds runs that are not published: give another folder to publish in."
         )
     contents, tables = {}, {}
     if (workdir / "config.json").exists():

@@ -45,7 +45,7 @@ SUMMARY: dict[str, type] = {"ended": str, "step": int}
 EPOCH: dict[str, type] = {"step": int, "epoch": int, "elbo": float}  # of a row of metrics.jsonl
 # What an evaluation leaves in npz files, and its axes: N datapoints, F families, G cells a side.
 DENSITIES = {
-    "images": "NHWC",
+    "images": "N…",
     "families": "F text",
     "log_px": "N",
     "low": "N2",
@@ -285,12 +285,20 @@ def _status_of_one(workdir: Path, label: str, per_epoch: int) -> list[tuple[str,
         if "test_elbo" in summary:
             text = f"test ELBO {_nats(summary['test_elbo'])} ± {_nats(summary.get('test_elbo_se'))}"
             lines.append(("", f"best at epoch {summary.get('best_epoch')}: {text}"))
-    num_rows, lacking = len(shards.read(workdir, "rows")), missing(workdir)
-    lines.append(("", f"{num_rows} datapoints evaluated{f', {lacking}' if lacking else ''}"))
-    for path in sorted(workdir.glob("progress.evaluation*.json")):
+    named = sorted(path.parent for path in workdir.glob("*/evaluation.json"))
+    if not named or (workdir / "evaluation.json").exists():
+        named.insert(0, workdir)
+    return lines + [line for folder in named for line in _status_of_evaluation(folder, workdir)]
+
+
+def _status_of_evaluation(folder: Path, workdir: Path) -> list[tuple[str, str]]:
+    name = f"{folder.name}: " if folder != workdir else ""
+    num_rows, lacking = len(shards.read(folder, "rows")), missing(folder)
+    lines = [("", f"{name}{num_rows} datapoints evaluated{f', {lacking}' if lacking else ''}")]
+    for path in sorted(folder.glob("progress.evaluation*.json")):
         lines += _status_of_seconds("evaluating", files.read_json(path, PROGRESS) or {})
-    tables = sorted(p.name for p in workdir.glob("table.*"))
-    lines.append(("", f"reported: {', '.join(tables)}" if tables else "not reported"))
+    tables = sorted(p.name for p in folder.glob("table.*"))
+    lines.append(("", f"{name}reported: {', '.join(tables)}" if tables else f"{name}not reported"))
     return lines
 
 

@@ -6,15 +6,17 @@ the same for both. A Subject is a pytree: its arrays travel as arguments, its co
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 
-from infsub import posteriors
-from infsub.datapoints import few_sizes
+from infsub import data, posteriors
+from infsub.datapoints import few_sizes, map_datapoints
 from infsub.keys import named
 from infsub.measure import (
     Datapoint,
@@ -26,6 +28,9 @@ from infsub.measure import (
 from infsub.pairs import draw_prior, simulation_lacks
 from infsub.samplers import as_sampler
 from infsub.types import Array, Gaussian, Key, Model, Params
+
+if TYPE_CHECKING:  # flax is not for a model of one's own
+    from infsub.vae import VAE, Variables
 
 # Rows (datapoints × samples) a dispatch works on: what fits a CPU's caches, or fills a GPU.
 _ROWS = {"cpu": 320}
@@ -46,6 +51,25 @@ class Subject(NamedTuple):
 
     describe: Partial
     simulate: Partial | None
+
+
+@functools.cache
+def of_vae(vae: VAE, own: str) -> Subject:
+    """A VAE as what is measured, its x [H, W, C]; `own` is its encoder's family."""
+
+    def describe(key: Key, variables: Variables, x: Array) -> Datapoint:
+        posterior, params = vae.posterior(variables, x), vae.encode(variables, x)
+        if not params["shared"] and set(params["encoded"]) == {"mean", "log_scale"}:
+            base = posteriors.gaussian_of(params)
+        else:
+            base = posteriors.moment_matched(key, posterior, params)
+        q = posteriors.sampler(posterior, params)
+        return Datapoint(vae.target(variables, x), q, base, own, (posterior, params))
+
+    def simulate(key: Key, variables: Variables, _: Any) -> tuple[Array, Array]:
+        return vae.simulate(key, variables)
+
+    return Subject(Partial(describe), Partial(simulate))
 
 
 def of_model(model: Model) -> Subject:
@@ -78,6 +102,18 @@ def family_of(model: Model, params: Params, x: Any) -> str:
 def _scale(model: Model, params: Params, x: Any) -> Any:
     q = model.encode(params, x)
     return q.scale if isinstance(q, Gaussian) else jnp.zeros(())
+
+
+def simulate(key: Key, vae: VAE, variables: Variables, num_points: int) -> data.Split:
+    """N draws x ~ p(x) of the model as a split without labels; index i uses fold_in(key, i)."""
+
+    def draw(key: Key, _: Array, variables: Variables) -> Array:
+        return vae.simulate(key, variables)[1].astype(jnp.uint8)
+
+    values = jnp.asarray(map_datapoints(draw, key, np.arange(num_points), variables))
+    _, height, width, channels = values.shape
+    images = data.Images(values, "levels", (height, width, channels))
+    return data.Split(images, None, num_points)
 
 
 def bounds(

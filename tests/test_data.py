@@ -226,6 +226,13 @@ def test_no_cache_is_no_error(small, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
     assert data.load("mnist", str(small)).test.size == 10
 
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", homeless)
+    assert data.load("mnist", str(small)).test.size == 10
+
 
 def test_train_and_validation_are_apart(small):
     images, labels = data._decode(small / "mnist" / "3.0.1", "train")

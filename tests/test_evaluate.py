@@ -258,7 +258,7 @@ def test_points_of_the_model(trained, workdir):
     variables, _ = checkpoints.load_variables(workdir)
     vae = make_vae(small().model, (28, 28, 1), 2)
     key = stream(jax.random.key(0), Stream.IMAGES)
-    few, more = (evaluate.simulate(key, vae, variables, n).images.values for n in (2, 5))
+    few, more = (subjects.simulate(key, vae, variables, n).images.values for n in (2, 5))
     np.testing.assert_array_equal(few, more[:2])
     assert set(np.unique(more)) == {0, 1}
     _, x = vae.simulate(jax.random.fold_in(key, 1), variables)
@@ -286,7 +286,7 @@ def test_the_curve_of_the_own_family_starts_at_the_amortised_q():
     variables |= {"encoder": unravel(flat + noise)}
     xs = data.batch(data.load("mnist5k").train.images, jnp.arange(4))
     static = {"settings": configs.measured(config.evaluate, 50)}
-    subject = evaluate.subject_of(vae, "rnvp")
+    subject = subjects.of_vae(vae, "rnvp")
     row = map_datapoints(subjects.bounds, jax.random.key(2), xs, variables, subject, static=static)
     errors = np.hypot(row["after_0_rnvp_se"], row["elbo_se"])
     assert np.all(np.abs(row["after_0_rnvp"] - row["elbo"]) < 4 * errors)
@@ -305,12 +305,12 @@ def test_ais_starts_elsewhere_where_the_encoder_is_lost():
     decoder, unravel = ravel_pytree(variables["decoder"])
     variables |= {"decoder": unravel(2 * decoder)}  # sharp posteriors
     key, key_images = jax.random.key(1), jax.random.key(2)
-    xs = evaluate.simulate(key_images, vae, variables, 32).images.values
+    xs = subjects.simulate(key_images, vae, variables, 32).images.values
     gaps = {}
     for start in ("posterior", "laplace", "local"):
         config.evaluate.ais.start = start
         static = {"settings": configs.measured(config.evaluate, 50)}
-        subject = evaluate.subject_of(vae, "gaussian")
+        subject = subjects.of_vae(vae, "gaussian")
         certified = map_datapoints(
             subjects.certificate, key, np.arange(32), variables, subject, static=static
         )

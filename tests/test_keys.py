@@ -16,7 +16,7 @@ import pytest
 import tiny
 
 import infsub
-from infsub import data, evaluate, posteriors, subjects, train_step
+from infsub import data, posteriors, subjects, train_step
 from infsub.keys import Stream, named, stream
 from infsub.measure import Settings
 from infsub.types import Gaussian
@@ -161,7 +161,7 @@ def test_no_row_draws_twice_from_a_key(function, start):
     families = ("gaussian", "auxiliary")
     settings = Settings(families=families, curve=(0, 1), ais_start=start, grid=20)
     variables, x = jax.eval_shape(vae.init, ROOT), jnp.zeros((28, 28, 1))
-    subject = evaluate.subject_of(vae, "gaussian")
+    subject = subjects.of_vae(vae, "gaussian")
 
     def row(key, variables):
         return function(key, x, variables, subject, settings=settings)

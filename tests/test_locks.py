@@ -111,6 +111,15 @@ def test_another_host_that_shows_life_keeps_it_and_a_silent_one_does_not(tmp_pat
         pass
 
 
+def test_a_note_that_goes_while_it_is_looked_at_is_nobodys(tmp_path, monkeypatch):
+    note = tmp_path / ".training.json"
+    owner = {"host": "elsewhere", "pid": 7, "since": "noon", "command": "infsub"}
+    files.write_json(note, owner)
+    monkeypatch.setattr(locks, "aside", lambda path: (note.unlink(), files.aside(path))[1])
+    with locks.owned(tmp_path, "training"):
+        assert files.read_json(note)["pid"] == os.getpid()
+
+
 def test_a_job_waits_until_another_host_is_presumed_dead(tmp_path, monkeypatch):
     """SLURM starts it anew on another host at once; there is nobody who would try again later."""
     owner = {"host": "elsewhere", "pid": 7, "since": "noon", "command": "infsub"}

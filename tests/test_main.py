@@ -18,6 +18,7 @@ from infsub import config as configs
 
 ROOT = Path(__file__).parent.parent
 QUICK = f"--config={ROOT / 'configs/quickstart.py'}"
+PAPER = f"--config={ROOT / 'configs/paper/larger_encoder.py'}"
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,22 @@ MISTAKES = {
     "unknown flag": (["W", QUICK, "--confg=x"], "Unknown command line flag 'confg'"),
     "unknown mode": (["W", QUICK, "--mode=test"], "value should be one of <run.train.evaluate"),
     "no flag": (["W", QUICK, "train"], "'train' is no flag"),
+    "config and its value apart": (
+        ["W", "--config", "nothere.py"],
+        "--config=nothere.py: there is no",
+    ),
+    "field, the config apart": (
+        ["W", *QUICK.split("="), "--config.sed=1"],
+        "no field config.sed: did you mean config.seed?",
+    ),
+    "team of an experiment": (
+        ["W", PAPER, "--shard=0/2", "--coordinator=a:1"],
+        "cells train one after the other: --shard=i/n shares them",
+    ),
+    "cells of a report": (
+        ["W", PAPER, "--mode=report", "--cells=conv"],
+        "--cells is for --mode=run",
+    ),
     "missing file": (["W", "--config=nothere.py"], "--config=nothere.py: there is no such file"),
     "directory": (["W", "--config=."], "--config=.: there is no such file"),
     "syntax": (["W", "syntax.py"], "syntax.py failed: SyntaxError.*line 1"),

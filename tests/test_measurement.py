@@ -134,6 +134,9 @@ def test_what_is_saved_is_a_runs_folder(measured, tmp_path):
     assert again.page(tmp_path / "again.html").read_text() == page
     assert again.xs.tolist()[3] in page
     measured.save(folder)  # the same again is no mistake
+    (run := tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match="is a run of the command: give another folder"):
+        measured.save(run.parent)
     other = infsub.Measurement(measured.rows[:3], config=measured.config)
     with pytest.raises(UserError, match="another measurement's: give another folder"):
         other.save(folder)

@@ -233,9 +233,17 @@ def test_a_workdir_is_not_published_in(workdir, out, tmp_path, capsys):
     (unfinished := copy / "runs/unfinished").mkdir()
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
     assert published.main([f"--workdir={copy}", f"--out={copy}"]) == 2
-    assert "is a workdir of experiments: give another folder" in capsys.readouterr().err
+    said = "holds runs that are not published: give another folder to publish in"
+    assert said in capsys.readouterr().err
     assert unfinished.exists()
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+    runs = tmp_path / "project" / "runs"  # where README keeps workdirs
+    (other := runs / "quickstart").mkdir(parents=True)
+    copy.rename(runs / "paper")
+    arguments = [f"--workdir={runs / 'paper'}", f"--out={runs.parent}"]
+    assert published.main(arguments) == 2
+    assert said in capsys.readouterr().err
+    assert other.exists()
 
 
 def test_configs_of_runs_are_complete(workdir, out):

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from infsub import compilations, config, files, records
+from infsub import compilations, config, files, members, records
 from infsub.types import UserError
 
 DIGITS = {"image_shape": (28, 28, 1), "levels": 2, "steps_per_epoch": 40}
@@ -46,6 +46,21 @@ def test_tensorboard_reads_the_events_and_drops_those_a_resumed_run_repeats(tmp_
     assert reader.Tags()["scalars"] == ["elbo"]
     events = [(event.step, event.value) for event in reader.Scalars("elbo")]
     assert events == [(10, -10.0), (20, -20.5), (30, -30.5), (40, -40.5)]
+
+
+def test_scalars_are_on_disk_with_the_checkpoint(tmp_path):
+    """What a kill leaves in TensorBoard reaches to the step that the run goes on from."""
+    settings = config.resolve(config.default())
+    records.claim(settings, tmp_path, "digits", "", **DIGITS)
+    member = members.Member(settings, tmp_path, 0)
+    member.resume(0)
+    member.record({"step": 10, "epoch": 1, "elbo": -10.0}, 1.0)
+    member.save(10, {"weights": np.zeros(3)})
+    member.checkpoints.wait()
+    reader = EventAccumulator(str(tmp_path / "tensorboard"))  # of a run that was not closed
+    reader.Reload()
+    assert [event.step for event in reader.Scalars("elbo")] == [10]
+    member.close()
 
 
 def test_tensorboard_reads_images(tmp_path):

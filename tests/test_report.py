@@ -170,6 +170,24 @@ def test_curves_are_what_local_steps_leave_and_no_lines_of_the_table(tmp_path):
     assert tables.csv_rows([run]) == tables.csv_rows([plain])  # all datapoints, the same lines
 
 
+def test_thresholds_of_the_command_line_count(tmp_path, capsys):
+    make_run(tmp_path)
+    strict = load_run(str(tmp_path), thresholds={"min_ess": 1e9, "max_pareto_k": 0.7})
+    assert any("effective sample size below 1e+09" in flag.text for flag in strict.flags)
+    assert strict.flags != load_run(str(tmp_path)).flags
+
+
+def test_the_cells_of_an_experiment_have_their_datapoints_beside_their_rows(tmp_path, capsys):
+    cells = {name: tmp_path / name for name in ("one", "two")}
+    for folder in cells.values():
+        make_run(folder)
+    reports.experiment("question", None, cells, tmp_path / "out")
+    for folder in cells.values():
+        with (folder / "datapoints.csv").open() as file:
+            assert len(list(csv.DictReader(file))) == N
+    assert not (tmp_path / "out" / "datapoints.csv").exists()
+
+
 def test_datapoints_to_look_at_are_listed_by_dataset_index(tmp_path):
     def spoil(rows):
         rows[1]["ais"] = None

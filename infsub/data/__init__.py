@@ -8,11 +8,12 @@ such a directory. Decoded arrays are kept in $XDG_CACHE_HOME/infsub (~/.cache/in
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.resources
+import io
 import json
 import os
-import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from infsub.files import read_json
+from infsub.files import cache_folder, checksum, read_json, write_bytes
 from infsub.types import Array, Key, UserError
 
 Arrays = tuple[np.ndarray, np.ndarray | None]  # images uint8 [N, H, W, C], labels uint8 [N]
@@ -311,8 +312,8 @@ def _ranges(folder: Path) -> dict[str, tuple[str, int, int]]:
             raise KeyError("train, test")
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{folder / 'dataset_info.json'} names no sizes of splits: prepare it anew with `python -m "
-            f"infsub.data --prepare={folder.parent.name} --dir={folder.parent.parent}`."
+            f"{folder / 'dataset_info.json'} names no sizes of splits: delete {folder} and prepare it anew "
+            f"with `python -m infsub.data --prepare={folder.parent.name} --dir={folder.parent.parent}`."
         ) from error
     ranges = {split: (split, 0, sizes[split]) for split in SPLITS if split in sizes}
     if "validation" not in sizes:
@@ -327,35 +328,24 @@ def _read_cached(name: str, folder: Path, split: str) -> Arrays:
     files = sorted(folder.glob(f"{name}-{split}.array_record*"))
     stamp = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     digest = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:16]
-    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "infsub"
-    cache = root / f"{name}-{folder.name}-{split}-{digest}.npz"
+    kept = f"{name}-{folder.name}-{split}-{digest}.npz"
     try:
-        with cache.open("rb") as file, np.load(file) as arrays:
+        with (cache_folder() / kept).open("rb") as file, np.load(file) as arrays:
             found = {name: arrays[name] for name in arrays.files}
-        if str(found.pop("sha256")) == _checksum(found):
+        if str(found.pop("sha256")) == checksum(found).hex():
             return found["images"], found.get("labels")
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+    except (OSError, RuntimeError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
         pass  # not there, or not what was written: it is made anew
     images, labels = _decode(folder, split)
-    try:  # a cache that cannot be written costs time, not correctness
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root) as aside:
-            path = Path(aside, cache.name)
-            arrays = {"images": images} if labels is None else {"images": images, "labels": labels}
-            np.savez(path, allow_pickle=False, sha256=np.array(_checksum(arrays)), **arrays)
-            os.replace(path, cache)
-    except OSError:
-        pass
+    # A cache that cannot be written costs time, not correctness.
+    with contextlib.suppress(OSError, RuntimeError):
+        arrays = {"images": images} if labels is None else {"images": images, "labels": labels}
+        content = io.BytesIO()  # not compressed: it is read at every start
+        named: Any = arrays | {"sha256": np.array(checksum(arrays).hex())}
+        np.savez(content, **named)
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        write_bytes(cache_folder() / kept, content.getvalue())
     return images, labels
-
-
-def _checksum(arrays: dict[str, np.ndarray]) -> str:
-    """Of what decoded images are: their shapes and every byte."""
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
-        digest.update(np.ascontiguousarray(arrays[name]).data)
-    return digest.hexdigest()
 
 
 def _decode(folder: Path, split: str) -> Arrays:

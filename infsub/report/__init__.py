@@ -27,17 +27,26 @@ _NO_GAPS = "it needs L[q], one L[q*] and IWAE or AIS of every run"
 _NAMES = {"bars": "gaps", "steps": "curves"}  # of a kind of figure's files
 
 
-def report(workdir: str) -> None:
+def report(workdir: str, thresholds: Mapping[str, float] = MappingProxyType({})) -> None:
     """Writes table.md, .csv, .tex, gaps.png, .pdf and report.html of one run into its workdir.
 
     Prints the table. Where evaluate.grid has left densities, posteriors.png and .pdf too.
+
+    Args:
+      workdir: of the run.
+      thresholds: config.report, for flags; the run's own where there are none.
 
     Raises:
       UserError: there are no rows, or they cannot be read, or nothing can be written there.
     """
     folder = Path(workdir)
     drawn = ["bars", *(["posteriors"] if (folder / records.POSTERIORS).exists() else [])]
-    _write([load_run(workdir)], folder, [{"kind": kind} for kind in drawn], {"": folder})
+    _write(
+        [load_run(workdir, thresholds=thresholds)],
+        folder,
+        [{"kind": kind} for kind in drawn],
+        {"": folder},
+    )
 
 
 def join(workdirs: Sequence[str], out: str) -> None:
@@ -58,7 +67,11 @@ def join(workdirs: Sequence[str], out: str) -> None:
 
 
 def experiment(
-    title: str, figure: Mapping[str, Any] | None, evaluations: Mapping[str, Path], out: Path
+    title: str,
+    figure: Mapping[str, Any] | None,
+    evaluations: Mapping[str, Path],
+    out: Path,
+    thresholds: Mapping[str, float] = MappingProxyType({}),
 ) -> None:
     """The table of an experiment's cells under its question, and the figure that answers it.
 
@@ -68,11 +81,12 @@ def experiment(
         table, and nothing is printed.
       evaluations: {cell: folder of its rows}.
       out: folder to write into.
+      thresholds: as in `report`.
 
     Raises:
       UserError: as `report`.
     """
-    runs = [load_run(str(folder), name) for name, folder in evaluations.items()]
+    runs = [load_run(str(folder), name, thresholds) for name, folder in evaluations.items()]
     _write(runs, out, [figure] if figure else [], evaluations, title)
 
 
@@ -89,8 +103,10 @@ def _write(
         files.write_bytes(out / "table.md", tables.document(runs, title).encode())
         files.write_csv(out / "table.csv", tables.csv_rows(runs))
         files.write_bytes(out / "table.tex", tables.latex(runs).encode())
-        if len(runs) == 1:
-            files.write_csv(out / "datapoints.csv", tables.datapoint_rows(runs[0]))
+        for run, folder in zip(
+            runs, folders.values(), strict=False
+        ):  # none of those that are joined
+            files.write_csv(folder / "datapoints.csv", tables.datapoint_rows(run))
         if not figures:
             return
         drawn = [_draw(runs, out, dict(figure), folders) for figure in figures]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -97,14 +98,18 @@ def decomposed(
     return LoadedRun(name, parsed, found, certificate, judged, data, settings, missing)
 
 
-def load_run(workdir: str, name: str = "") -> LoadedRun:
-    """The run in `workdir`, its bounds decomposed; `name` is the folder's unless given.
+def load_run(
+    workdir: str, name: str = "", thresholds: Mapping[str, float] = MappingProxyType({})
+) -> LoadedRun:
+    """The run in `workdir`, its bounds decomposed; `name` and config.report are its own unless given.
 
     Raises:
       UserError: a file is missing, empty or torn, or no datapoint is finite in all bounds.
     """
     folder = Path(workdir)
     measured, certified, document = read_folder(folder)
+    own = document["config"].get("report", {})
+    document["config"] |= {"report": {**own, **thresholds}}
     name = name or folder.resolve().name
     try:
         return decomposed(name, measured, certified, document)
