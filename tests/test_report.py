@@ -622,6 +622,11 @@ def test_posteriors_are_files_of_the_report(tmp_path, capsys):
     assert same == (tmp_path / "posteriors.png").read_bytes()
     assert not (out / "gaps.png").exists()
     assert not (out / "report.html").exists()
+    arrays = densities()  # as of a user's own images, [N, H, W]
+    arrays["images"] = arrays["images"][..., 0]
+    files.write_npz(tmp_path / "posteriors.npz", arrays)
+    reports.report(str(tmp_path))
+    assert same == (tmp_path / "posteriors.png").read_bytes()
     whole = (tmp_path / "posteriors.npz").read_bytes()
     for torn in (whole[:1000], b""):
         (tmp_path / "posteriors.npz").write_bytes(torn)
