@@ -128,8 +128,8 @@ def all_judged(statement, cells):
         ([3.0], [2.0], "confirmed", "1.00 ± "),
         ([2.0], [3.0], "not confirmed", "−1.00 ± "),
         ([2.0], [2.0], "unclear", "0.00 ± "),
-        ([3.0, 3.5], [2.0, 2.0], "confirmed", "1.25 ± 0.35 ("),
-        ([3.0, 2.0], [2.0, 3.0], "unclear", "0.00 ± 1.41 ("),
+        ([3.0, 3.5], [2.0, 2.0], "confirmed", "seed 1: 1.50 ± "),
+        ([3.0, 2.0], [2.0, 3.0], "unclear", "seed 1: −1.00 ± "),
     ],
 )
 def test_a_claim_is_judged_from_the_rows(small, large, verdict, number):
@@ -138,10 +138,28 @@ def test_a_claim_is_judged_from_the_rows(small, large, verdict, number):
         "encoder_500_500": [a_run(gap, 1.0, noise=0.2) for gap in large],
     }
     said, sentence = judged("larger encoder", cells_of("larger_encoder", runs))
-    assert said == f"{verdict}, as far as it is measured, 1 of 3 times"
+    assert said == f"{verdict} at scale `small`, as far as it is measured, 1 of 3 times"
     assert number in sentence
-    assert "scale `small`, 50 points, seed 0" in sentence
-    assert ("over seeds 0, 1" in sentence) == (len(small) > 1)
+    assert sentence.endswith("; 50 points.")
+    assert "in nats: seed 0: " in sentence
+
+
+def test_a_generator_is_judged_by_what_the_q_it_was_trained_with_misses_elsewhere():
+    def trained_with(own, approximation, other, its):
+        run = a_run(2.0, approximation, own)
+        noise = np.random.default_rng(1).normal(0, 0.1, 50)
+        line = run.found.lines["log_px"]._replace(values=its + noise, kind="gap")
+        run.found.lines[f"approximation_gap_{other}"] = line
+        return [run]
+
+    runs = {
+        "binarized_mnist_gaussian": trained_with("gaussian", 2.0, "auxiliary", 0.2),
+        "binarized_mnist_auxiliary": trained_with("auxiliary", 0.4, "gaussian", 20.0),
+    }
+    for which, verdict, number in (("FFG", "confirmed", "1"), ("AF", "not confirmed", "−0.")):
+        said, sentence = judged(f"where that is {which}", cells_of("main_table", runs))
+        assert said.startswith(f"{verdict} at scale")
+        assert f"seed 0: {number}" in sentence
 
 
 def test_often_is_more_than_half():
@@ -152,7 +170,8 @@ def test_often_is_more_than_half():
         ((3, 1), "unclear"),
     ):
         runs = {name: [a_run(gap, 2.0)] for name, gap in zip(names, gaps, strict=False)}
-        assert judged("often", cells_of("main_table", runs))[0].startswith(f"{verdict}, as far as")
+        said = judged("often", cells_of("main_table", runs))[0]
+        assert said.startswith(f"{verdict} at scale `small`, as far as")
 
 
 def test_scales_are_not_compared_and_the_absent_is_not_judged():
@@ -172,13 +191,12 @@ def test_a_smaller_scale_has_its_say_until_all_of_a_claim_is_measured_at_a_large
     cells = cells_of("no_annealing", full, "full")
     cells["no_annealing"] |= cells_of("no_annealing", small)["no_annealing"]
     statement = "leaves larger amortization gaps"
-    (said, sentence), (below, also) = all_judged(statement, cells)
-    assert (said, below) == ("confirmed, as far as it is measured, 1 of 2 times", "confirmed")
-    assert "scale `full`" in sentence
-    assert "scale `small`" in also
+    said, below = (said for said, _ in all_judged(statement, cells))
+    assert said == "confirmed at scale `full`, as far as it is measured, 1 of 2 times"
+    assert below == "confirmed at scale `small`"
     cells = cells_of("no_annealing", small, "full")
     cells["no_annealing"] |= cells_of("no_annealing", small)["no_annealing"]
-    assert [said for said, _ in all_judged(statement, cells)] == ["confirmed"]
+    assert [said for said, _ in all_judged(statement, cells)] == ["confirmed at scale `full`"]
 
 
 @pytest.mark.parametrize(
@@ -196,4 +214,7 @@ def test_overfitting_is_what_is_lost_since_the_best_checkpoint(gaps, falls, verd
         line = run.found.lines["log_px"]
         run.found.lines["log_px"] = line._replace(values=line.values - fall)
         runs[f"after_{share}_validation"] = [run]
-    assert judged("overfits", cells_of("over_training", runs))[0] == verdict
+    said, sentence = judged("overfits", cells_of("over_training", runs))
+    assert said == f"{verdict} at scale `small`"
+    at_the_end = gaps[-1] == min(gaps) and falls[-1] == min(falls)
+    assert ("both are best at the last checkpoint" in sentence) == at_the_end

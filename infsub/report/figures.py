@@ -157,18 +157,21 @@ def _draw_bar(
         run.lines[name].mean
         for name in (INFERENCE.name, AMORTIZATION.of(own), APPROXIMATION.of(own))
     )
-    for right, gap, color, ink in (
-        (-approximation.mean, amortization, BLUE, "white"),
-        (0.0, approximation, YELLOW, "black"),
+    for right, gap, color, ink, outside in (
+        (-approximation.mean, amortization, BLUE, "white", "right"),
+        (0.0, approximation, YELLOW, "black", "left"),
     ):
         axes.barh(top, gap.mean, left=right - gap.mean, height=BAR, align="edge", color=color)
         room = _per_nat(axes.get_xlim()) * abs(gap.mean)
         number = gaps.with_error(gap.mean, gap.standard_error).replace("-", "−")
-        for text, size in ((number, TEXT), (number.partition(" ")[0], SMALL)):
-            if _points(text, size) < room:
-                x, y = right - gap.mean / 2, top + 0.4 * BAR
-                axes.text(x, y, text, color=ink, size=size, ha="center", va="center")
-                break
+        mean = number.partition(" ")[0]
+        x, align = right - gap.mean / 2, "center"
+        text, size = (number, TEXT) if _points(number, TEXT) < room else (mean, SMALL)
+        if _points(text, size) > room:  # beside the bar: left of the one, right of the other
+            aside = 2 / _per_nat(axes.get_xlim())
+            x = right + aside if outside == "left" else right - gap.mean - aside
+            ink, align = "black", outside
+        axes.text(x, top + 0.4 * BAR, text, color=ink, size=size, ha=align, va="center")
     for gap in (inference, approximation):
         axes.errorbar(
             -gap.mean, top + 0.8 * BAR, xerr=gap.standard_error, color="black", lw=0.8, capsize=1.5
