@@ -147,6 +147,11 @@ class Decomposition(NamedTuple):
     flags: list[Flag]
 
     @property
+    def split(self) -> bool:
+        """Whether there are gaps: L[q], L[q*] and log p̂ are all known."""
+        return bool(self.families) and schema.INFERENCE.name in self.lines
+
+    @property
     def flagged(self) -> dict[int, list[int]]:
         """{index of a datapoint: the flags that name it, by their place in `flags`}."""
         found: dict[int, list[int]] = {}

@@ -158,20 +158,22 @@ def optimize_local(
       -1.52 True
     """
     posterior = _as_posterior(posterior, target)
+    if start is not None and params is not None:
+        raise ValueError("params and start are two places to start from: give one")
+    key, key_init = jax.random.split(key)
+    if start is not None and not isinstance(start, Gaussian):
+        key_init, key_moments = jax.random.split(key_init)
+        start = posteriors.moment_matched(key_moments, start)
+    if start is not None:
+        densities.check_gaussian(start)
     if rule == "fast" and posterior.natural is not None:
         rule = _NATURAL if start is None or posterior.place is not None else _NATURAL_NEAR
     elif rule == "fast" and posterior.place is not None and start is not None:
-        rule = _PLACED
+        placed = not fitted or jnp.ndim(start.scale) == 2
+        rule = _PLACED if placed else rule
     rule = _checked_rule(rule, changes)
-    key, key_init = jax.random.split(key)
     num_steps = jnp.zeros((), int)
     if start is not None:
-        if params is not None:
-            raise ValueError("params and start are two places to start from: give one")
-        if not isinstance(start, Gaussian):
-            key_init, key_moments = jax.random.split(key_init)
-            start = posteriors.moment_matched(key_moments, start)
-        densities.check_gaussian(start)
         key_init, key_fit = jax.random.split(key_init)
         if posterior.natural is None and not fitted:
             dense = posterior.place is not None

@@ -108,7 +108,7 @@ def bounds_of_datapoint(key: Key, point: Datapoint, settings: Settings) -> dict[
     _check(settings)
     bound = elbo(named(key, "elbo"), point.target, point.q, settings.elbo_samples)
     row = rows.build(rows.ELBO.name, bound)
-    curvature = _laplace(point, settings)
+    curvature = laplace(point.target, point.base)
     fits = _fits(named(key, "local"), settings.families, point, curvature, settings)
     for fit in fits:
         stopped = {"steps": fit.result.num_steps, "converged": fit.result.converged}
@@ -158,7 +158,7 @@ def certify_datapoint(
 
     def model(key: Key) -> tuple[Array, Target, Gaussian | None]:
         z, point = simulate(named(key, "model"))
-        curvature, fits = _laplace(point, settings), []
+        curvature, fits = laplace(point.target, point.base), []
         if settings.ais_start == "local":
             first = settings.families[:1]
             fits = _fits(named(key, "local"), first, point, curvature, settings)
@@ -182,7 +182,7 @@ def densities_of_datapoint(key: Key, point: Datapoint, settings: Settings) -> di
     """
     target = point.target
     bounds, samplers = [elbo(named(key, "elbo"), target, point.q, settings.elbo_samples)], [point.q]
-    curvature = _laplace(point, settings)
+    curvature = laplace(point.target, point.base)
     for fit in _fits(named(key, "local"), settings.families, point, curvature, settings):
         bounds.append(fit.result.elbo)
         samplers.append(posteriors.sampler(fit.posterior, fit.result.params))
@@ -240,11 +240,6 @@ def _fits(
         return _Fit(family, posterior, result, key_of_family)
 
     return [fit(family) for family in families]
-
-
-def _laplace(point: Datapoint, settings: Settings) -> Gaussian:
-    """Mode and curvature of the posterior, searched from the encoder's mean."""
-    return laplace(point.target, point.base)
 
 
 def _ais_start(

@@ -132,6 +132,26 @@ def test_a_start_is_fitted_first(xs, zeros, log_px, gap, name, family):
     assert np.all(found.elbo.log_px < log_px + 4 * found.elbo.standard_error + 0.01)
 
 
+def test_small_steps_are_for_a_flow_that_is_placed(monkeypatch):
+    """At a Gaussian of full covariance little is left to gain; at a factorised one much is."""
+    taken = []
+
+    class Taken(Exception):
+        pass
+
+    def take(key, target, posterior, params, rule, num_final_samples):
+        taken.append(rule)
+        raise Taken
+
+    monkeypatch.setattr(local, "_optimize", take)
+    target = MODEL.target(jnp.zeros(MODEL.weight.shape[0]))
+    for scale in (jnp.ones(4), jnp.eye(4)):
+        start = Gaussian(jnp.zeros(4), scale)
+        with pytest.raises(Taken):
+            optimize_local(jax.random.key(0), target, "rnvp", start=start, fitted=True)
+    assert taken == [local.RULES["fast"], local._PLACED]
+
+
 def test_companions_do_not_change_a_point(xs, zeros):
     """A converged point waits for its block unchanged: the same result in another block."""
     far = Gaussian(zeros.mean + 30, zeros.scale)

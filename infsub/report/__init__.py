@@ -17,7 +17,6 @@ from typing import Any
 from infsub import files, records
 from infsub.report import page, tables
 from infsub.report.runs import LoadedRun, load_run, read_shown
-from infsub.rows import INFERENCE
 from infsub.types import UserError
 
 __all__ = ["bars", "draw", "experiment", "join", "report"]
@@ -148,7 +147,7 @@ def draw(runs: Sequence[LoadedRun], figure: Mapping[str, Any], folders: Mapping[
 
     options = dict(figure)
     match options.pop("kind"):
-        case "bars" if not _have_gaps(runs):
+        case "bars" if not all(run.found.split for run in runs):
             return f"no figure ({_NO_GAPS})"
         case "bars":
             return figures.gap_figure(runs)
@@ -169,10 +168,6 @@ def draw(runs: Sequence[LoadedRun], figure: Mapping[str, Any], folders: Mapping[
             return curves.curve_figure(runs, **options)
 
 
-def _have_gaps(runs: Sequence[LoadedRun]) -> bool:
-    return all(INFERENCE.name in run.lines and run.families for run in runs)
-
-
 def bars(runs: Sequence[LoadedRun]) -> Any:
     """The figure of the gaps, a matplotlib Figure.
 
@@ -180,7 +175,7 @@ def bars(runs: Sequence[LoadedRun]) -> Any:
       ValueError: a run has no gaps.
       ImportError: matplotlib is not installed.
     """
-    if not _have_gaps(runs):
+    if not all(run.found.split for run in runs):
         raise ValueError(f"no figure: {_NO_GAPS}")
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError(_NO_MATPLOTLIB)
