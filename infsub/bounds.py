@@ -26,10 +26,8 @@ from infsub.types import (
 )
 
 _MAX_TAIL = 512
-_FLOAT_SPAN, _MAX_SPAN = (
-    80.0,
-    1e3,
-)  # nats that float32 weights span, and that a tail is taken to at most
+_FLOAT_SPAN = 80.0  # nats that weights in float32 span
+_MAX_SPAN = 1e3  # nats that a tail is taken to span at most: weights may be 0
 
 
 def checked(name: str, log_density: Callable[[Any], Scalar], z: Any) -> Scalar:

@@ -58,9 +58,9 @@ def config_first(argv: list[str]) -> list[str]:
 
     A field cannot be called import, which is Python's own word: as a flag it may.
     """
-    for n, argument in enumerate(argv[:-1]):
-        if argument == "--config":
-            argv[n : n + 2] = [f"--config={argv[n + 1]}"]
+    while "--config" in argv[:-1]:
+        n = argv.index("--config")
+        argv[n : n + 2] = [f"--config={argv[n + 1]}"]
     for n, argument in enumerate(argv):
         if argument.startswith("--config.model.import="):
             argv[n] = argument.replace("import", "imported", 1)

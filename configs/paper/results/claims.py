@@ -303,18 +303,13 @@ def _judge(claim: Claim, findings: Mapping[int, Sequence[Finding]], scale: str) 
     """The verdict on {seed: findings} of one scale, and their figures."""
     verdicts = {verdict(claim, made) for made in findings.values()}
     said = f"{verdicts.pop() if len(verdicts) == 1 else 'unclear'} at scale `{scale}`"
-    first, *_ = findings.values()
+    first = next(iter(findings.values()))
     if len(first) < claim.number:
         said += f", as far as it is measured, {len(first)} of {claim.number} times"
     figures = "; ".join(
         f"seed {seed}: {', '.join(map(str, made))}" for seed, made in findings.items()
     )
     return said, f"{claim.measure}, in nats: {figures}"
-
-
-def spread_of(values: Sequence[float]) -> str:
-    """Mean ± standard deviation over seeds."""
-    return gaps.with_error(float(np.mean(values)), float(np.std(values, ddof=1)))
 
 
 def _runs(cells: Cells, scale: str, seed: int) -> Runs:

@@ -292,11 +292,17 @@ def over_seeds(cells: Sequence[Cell]) -> Iterator[str]:
             means = [
                 r.lines[n].mean.mean for r in cell.runs.values() for n in names if n in r.lines
             ]
-            values.append(claims.spread_of(means).replace("-", "−") if len(means) > 1 else "–")
+            values.append(spread_of(means) if len(means) > 1 else "–")
         body.append([f"`{cell.name}`", ", ".join(map(str, cell.runs)), *values])
     if body:
         heads = ["mean ± standard deviation over seeds", "seeds", *columns]
         yield "\n".join(table(heads, body)).strip()
+
+
+def spread_of(values: Sequence[float]) -> str:
+    """Mean ± standard deviation."""
+    text = gaps.with_error(float(np.mean(values)), float(np.std(values, ddof=1)))
+    return text.replace("-", "−")
 
 
 def models(cells: dict[str, claims.Scales]) -> dict[str, list[Cell]]:
