@@ -13,8 +13,8 @@ from jax.tree_util import Partial
 from models import linear_gaussian
 
 import infsub
-from infsub import schedules
-from infsub.ais import anneal, checked_settings, frozen, pilot_size, prepare, start_chains
+from infsub import hmc, schedules
+from infsub.ais import _authors, pilot_size, start_chains
 from infsub.types import Gaussian, Target
 
 
@@ -212,12 +212,10 @@ def test_a_trajectory_of_a_whole_period_does_not_come_back():
     """On N(0, I) ten steps of 0.618 are one turn: of fixed length, every one would end at its start."""
     q = Gaussian(jnp.zeros(2), jnp.ones(2))
     flat = Target(None, lambda z: 0.0 * jnp.sum(z), 2)
-    settings = checked_settings(q, 500, 5, 10, "linear", 2 * np.sin(np.pi / 10))
-    annealing = prepare(jax.random.key(0), flat, q, settings)
-    z = start_chains(jax.random.key(1), q, 500)
-    _, info, _ = jax.jit(lambda key: anneal(key, annealing, z, frozen(annealing.step_sizes), 10))(
-        jax.random.key(2)
-    )
+    key, step_size = jax.random.key(0), 2 * np.sin(np.pi / 10)
+    _, info = infsub.ais_with_info(key, flat, q, 500, 5, 10, step_size=step_size)
+    key_start, _ = jax.random.split(jax.random.split(key)[1])
+    z = start_chains(key_start, q, 500)
     correlation = np.corrcoef(z.ravel(), info.z.ravel())[0, 1]
     assert abs(correlation) < 0.3  # 0.98 of a fixed length
 
@@ -251,15 +249,24 @@ def test_the_pilot_steers_acceptance_at_every_temperature(num_temperatures, sett
 
 
 def test_the_authors_rule():
-    """0.01 · 1.02 or 0.98 a transition, each chain by its own acceptance, kept in [1e-4, 0.5]."""
+    """0.01 · 1.02 or 0.98 a transition, each chain by its own acceptance so far, kept in [1e-4, 0.5]."""
+    # Of seed 1 no share is 0.65 itself, which rounding might put on either side.
+    accepted = np.random.default_rng(1).uniform(size=(300, 4)) < [0.2, 0.6, 0.7, 1.0]
+    state, step_size, update = _authors(4, jnp.float32)
+    update, found = jax.jit(update), []
+    for t, now in enumerate(accepted):
+        found.append(step_size(state, t))
+        state = update(state, hmc.HMCInfo(now + 0.0, now, 0.0 * now), t)
+    want, chain = np.empty((300, 4)), np.full(4, 0.01)
+    for t in range(300):
+        want[t] = chain
+        chain *= np.where(accepted[: t + 1].mean(axis=0) > 0.65, 1.02, 0.98)
+        chain = np.clip(chain, 1e-4, 0.5)
+    np.testing.assert_allclose(found, want, rtol=1e-4)
+    assert (want.min(), want.max()) == (1e-4, 0.5)
     flat = Target(None, lambda z: -0.5 * jnp.sum(z**2), 3)
     _, info = infsub.ais_with_info(jax.random.key(0), flat, None, 5, 300, 2, adaptation="authors")
     np.testing.assert_allclose(info.step_sizes[:100], 0.01 * 1.02 ** np.arange(100), rtol=1e-3)
-    assert info.step_sizes.max() <= 0.5 + 1e-6
-    sharp = Target(None, lambda z: -1e9 * jnp.sum(z**2), 3)
-    _, info = infsub.ais_with_info(jax.random.key(0), sharp, None, 5, 300, 2, adaptation="authors")
-    np.testing.assert_allclose(info.step_sizes[:100], 0.01 * 0.98 ** np.arange(100), rtol=1e-3)
-    assert info.step_sizes.min() >= 1e-4 * (1 - 1e-6)
 
 
 def test_a_non_finite_region_is_rejected_and_counted():

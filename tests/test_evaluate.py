@@ -120,6 +120,20 @@ def test_rows(trained):
         np.testing.assert_allclose(row["gap"], row["upper"] - row["lower"], atol=1e-4)
 
 
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_another_split_has_its_own_datapoints(workdir, split):
+    again(workdir, name="held", split=split)
+    part = data.load("mnist5k").split(split)
+    rows = files.read_rows(workdir / "held" / "rows.jsonl")
+    with np.load(workdir / "held" / "images.npz") as kept:
+        want = data.batch(part.images, kept["indices"])
+        np.testing.assert_array_equal(kept["images"], 255 * np.asarray(want))
+        assert [row["label"] for row in rows] == part.labels[kept["indices"]].tolist()
+    # Each bound is of that image: nothing else was measured.
+    elbos = {row["index"]: row["elbo"] for row in files.read_rows(workdir / "rows.jsonl")}
+    assert all(elbos.get(row["index"]) != row["elbo"] for row in rows)
+
+
 def test_the_images_of_the_rows_are_kept(trained):
     with np.load(trained / "images.npz") as kept:
         indices, images = kept["indices"], kept["images"]

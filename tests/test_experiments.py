@@ -11,6 +11,7 @@ from forks import commands
 from infsub import config as configs
 from infsub import evaluate, experiments, locks, records, report, train
 from infsub.experiments import expand, experiment
+from infsub.local import RULES
 from infsub.shards import WHOLE, Shard
 from infsub.types import UserError
 
@@ -72,8 +73,28 @@ def test_paper_scale_has_the_authors_settings(tmp_path):
         train, evaluated = cells[name].config.train, cells[name].config.evaluate
         assert (train.num_epochs, train.schedule, train.annealing) == (3280, "burda", "entropy")
         assert (train.annealing_epochs, evaluated.per_class) == (annealing_epochs, per_class)
-        assert (evaluated.ais.num_chains, evaluated.ais.num_temperatures) == (100, 10_000)
+        assert (train.batch_size, train.num_samples, train.adam_epsilon) == (100, 1, 1e-4)
+        ais = evaluated.ais
+        assert (ais.num_chains, ais.num_temperatures, ais.num_leapfrog) == (100, 10_000, 10)
+        assert (ais.schedule, ais.start, ais.adaptation) == ("linear", "prior", "authors")
         assert evaluated.local.preset == "authors"
+        assert (evaluated.iwae_samples, evaluated.iwae_start) == (5000, "posterior")
+        model = cells[name].config.model
+        assert (model.latent_dim, model.encoder.activation) == (50, "elu")
+    hidden = model.encoder.hidden, model.decoder.hidden  # of cifar10
+    assert hidden == ((64, 128, 256), (256, 128, 64))
+    flow = model.posterior
+    assert (flow.num_steps, flow.hidden, flow.auxiliary_hidden) == (2, (200,), (200, 200))
+    model = cells["binarized_mnist_gaussian"].config.model
+    assert model.encoder.hidden == model.decoder.hidden == (200, 200)
+    rule = RULES["authors"]
+    assert (rule.learning_rate, rule.num_samples, rule.window, rule.patience) == (
+        1e-3,
+        100,
+        100,
+        10,
+    )
+    assert (rule.sticking_the_landing, rule.paired, rule.natural, rule.decay) == (0, 0, 0, 1)
 
 
 QUESTION = "Why?"

@@ -11,6 +11,7 @@ from models import linear_gaussian
 from infsub import config as configs
 from infsub import gaps, rows
 from infsub.datapoints import map_datapoints
+from infsub.keys import named
 from infsub.measure import AIS, Datapoint, Settings, bounds_of_datapoint, certify_datapoint
 from infsub.types import Gaussian
 
@@ -98,12 +99,25 @@ def test_a_flow_goes_on_from_the_best_gaussian_asked_for_or_not(xs, columns):
     assert np.all(gains > -4 * np.hypot(found["local_planar_se"], columns["local_gaussian_se"]))
 
 
-def test_the_certificate_holds_zero():
-    settings = SETTINGS._replace(families=())
-    got = map_datapoints(certified, jax.random.key(2), np.arange(N), static={"settings": settings})
-    line = gaps.certify(rows.parse(rows.to_json({rows.INDEX: np.arange(N)} | got))).line
+def test_the_certificate_holds_zero_and_its_bounds_the_truth():
+    """From the encoder's q, which is off; a z that x was not made from would be nats too high."""
+    settings = SETTINGS._replace(families=(), ais_start="posterior")
+
+    def truth(key, _):
+        key_model, _ = jax.random.split(key)
+        return MODEL.log_px(MODEL.simulate(named(key_model, "model"))[1])
+
+    key, points = jax.random.key(2), np.arange(100)
+    got = map_datapoints(certified, key, points, static={"settings": settings})
+    log_px = map_datapoints(truth, key, points)
+    line = gaps.certify(rows.parse(rows.to_json({rows.INDEX: points} | got))).line
     assert line is not None
+    assert 0 < line.mean.standard_error < 0.03
     assert abs(line.mean.mean) < 4 * line.mean.standard_error
+    for name, sign in (("upper", 1), ("lower", -1)):
+        beyond = sign * (got[name] - log_px)
+        assert abs(beyond.mean()) < 4 * beyond.std() / 10
+        assert 0 < beyond.std() / 10 < 0.03
     np.testing.assert_allclose(got["gap"], got["upper"] - got["lower"], atol=1e-4)
 
 

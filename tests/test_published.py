@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -34,12 +35,18 @@ def an_experiment():
     return config.lock()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _small_pictures():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "_NUM_DRAWN", 2)
+        patch.setattr(sys.modules["infsub.measure"], "_NUM_SAMPLES", 20_000)
+        yield
+
+
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("published") / "paper"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "_NUM_DRAWN", 2)
-        assert experiments.run(an_experiment(), workdir) == 0
+    assert experiments.run(an_experiment(), workdir) == 0
     return workdir
 
 

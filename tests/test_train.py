@@ -14,7 +14,8 @@ import optax
 import pytest
 import tiny
 
-from infsub import checkpoints, config, data, files, records, train_step
+from infsub import bounds, checkpoints, config, data, files, records, train_step
+from infsub.datapoints import map_datapoints
 from infsub.train import train
 from infsub.types import UserError
 from infsub.vae import Terms, make_vae
@@ -244,6 +245,28 @@ def test_a_run_that_diverges_stops_and_says_so(tmp_path):
     summary = files.read_json(tmp_path / "summary.json")
     assert summary["ended"] == "diverged"
     assert summary["skipped"] > 3
+
+
+def test_validation_and_the_final_test_are_means_over_their_whole_splits(source, digits):
+    settings = tiny_config()
+    vae = make_vae(settings.model, (28, 28, 1), 2)
+    variables, step = checkpoints.load_variables(source)
+    task = train_step.make_task(vae, settings.train, 4000)
+    _, (key, _), _ = train_step.initial(task, np.array([settings.seed]))
+
+    def bound(key, x, variables):
+        sampler = vae.sampler(variables, x)
+        return bounds.elbo(key, vae.target(variables, x), sampler, 2).log_px
+
+    rows = files.read_rows(source / "metrics.jsonl")
+    (best,) = [row for row in rows if row["step"] == step]
+    summary = files.read_json(source / "summary.json")
+    for split, found in (("validation", best), ("test", summary)):
+        part = digits.split(split)
+        values = map_datapoints(bound, key, part[: part.size], variables, block_size=100)
+        np.testing.assert_allclose(found[f"{split}_elbo"], values.mean(), rtol=1e-5)
+        error = values.std() / math.sqrt(part.size)
+        np.testing.assert_allclose(found[f"{split}_elbo_se"], error, rtol=1e-3)
 
 
 def test_early_stopping_waits_for_annealing_and_patience(source, tmp_path):

@@ -34,7 +34,8 @@ def get_config() -> Config:
         smoke=("binarized_mnist_gaussian_half", "binarized_mnist_gaussian_full"),
         scales={
             "full": {"evaluate.bdmc.num_points": 1000},
-            "paper": {"evaluate.bdmc.num_points": 1000},
+            # Reverse AIS must take the same steps: none that adapt while it measures.
+            "paper": {"evaluate.bdmc.num_points": 1000, "evaluate.ais.adaptation": "pilot"},
             "small": {"evaluate.bdmc.num_points": 200},
             "smoke": {"evaluate.bdmc.num_points": 4},
         },
