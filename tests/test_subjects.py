@@ -1,10 +1,24 @@
-"""How many datapoints a dispatch works on."""
+"""What a subject simulates, and how many datapoints a dispatch works on."""
 
 from __future__ import annotations
 
+import jax
+import numpy as np
 import pytest
+from models import linear_gaussian, own_model
 
 from infsub import subjects
+
+
+def test_z_is_what_the_simulated_x_was_made_from():
+    known = linear_gaussian(3, 5)
+    simulate = subjects.of_model(own_model(known)).simulate
+    keys = jax.random.split(jax.random.key(0), 2000)
+    z, x = jax.jit(jax.vmap(lambda key: simulate(key, known, np.zeros(5))))(keys)
+    noise = np.asarray(x - z @ known.weight.T - known.bias)
+    # Standard errors of a variance over the draws; 4 of them.
+    np.testing.assert_allclose(noise.var(), known.noise**2, rtol=4 * np.sqrt(2 / noise.size))
+    np.testing.assert_allclose(z.var(), 1, rtol=4 * np.sqrt(2 / z.size))
 
 
 class Device:
