@@ -1,7 +1,7 @@
 """A published model of paper/results, measured anew from its weights: nothing is trained.
 
 Command:  python -m infsub.main --mode=evaluate --workdir=runs/again \\
-              --config=configs/published.py:run=binarized_mnist-gaussian-ac860d90/train-499f6c69 \\
+              --config=configs/published.py:run=binarized_mnist-gaussian-697ad6c2/train-952f3e03 \\
               --config.data.dir=DIR
 Minutes:  1 to 10 on two cores for 50 points
 Expect:   the published L[q] and log p̂ of every datapoint to the last digit, and L[q*] within 2e-5 nats
