@@ -147,7 +147,7 @@ class Decomposition(NamedTuple):
     flags: list[Flag]
 
     @property
-    def split(self) -> bool:
+    def has_gaps(self) -> bool:
         """Whether there are gaps: L[q], L[q*] and log p̂ are all known."""
         return bool(self.families) and schema.INFERENCE.name in self.lines
 

@@ -244,9 +244,9 @@ def run_experiment(
 ) -> int:
     """Runs an experiment's cells, or draws its table and figure anew; the exit code."""
     overrides = list(config_flags.get_override_values(flags.FLAGS["config"]))
-    if mode == "report" and CELLS.value:
-        raise UserError("--cells is for --mode=run; report draws all that is done.")
     if mode == "report":
+        if CELLS.value:
+            raise UserError("--cells is for --mode=run; report draws all that is done.")
         return experiments.redraw(config, workdir, overrides)
     if mode != "run":
         raise UserError(f"--mode={mode} is for one run; an experiment has run, report and status.")

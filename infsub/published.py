@@ -233,7 +233,7 @@ def _facts(run: Path, evaluation: Path) -> tuple[int, dict[str, Any]]:
         "date": time.strftime("%Y-%m-%d", time.gmtime(when)) if when else "",
         "machine": document.get("machine") or records.machine(),
         "revision": document.get("git_revision", ""),
-        "hours": round(spent.seconds / 3600, 3) if spent else None,
+        "hours": round(spent.seconds / 3600, 4) if spent else None,
     }
 
 

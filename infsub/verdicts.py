@@ -105,7 +105,7 @@ def judge(rows: Rows, found: Decomposition, certificate: Certificate | None = No
     certificate: of the same model, from `gaps.certify`.
     """
     lines, families = found.lines, found.families
-    if not found.split:
+    if not found.has_gaps:
         nothing = Verdict("inconclusive", "the gap is not split", _NEXT["nothing"])
         return Verdicts(nothing, [nothing] * len(rows.indices), [])
     width, masks = _width(certificate), [_marked(found, names) for names in _doubts(found)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,17 @@ def shared_dir() -> Path:
             pytest.fail("CI must have ../shared: its tests are not to be skipped there")
         pytest.skip("needs ../shared, the folder of real data and oracles")
     return shared
+
+
+@pytest.fixture(scope="module")
+def small_pictures() -> Iterator[None]:
+    """The posteriors of two datapoints are drawn, and from fewer samples than one would look at."""
+    from infsub import evaluate  # not before the variables above are set
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "_NUM_DRAWN", 2)
+        patch.setattr(sys.modules["infsub.measure"], "_NUM_SAMPLES", 20_000)
+        yield
 
 
 @pytest.hookimpl(tryfirst=True)  # before the fixtures, which compile too

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from functools import partial
 
 import jax
@@ -35,6 +34,8 @@ from infsub.train import train
 from infsub.types import Target, UserError
 from infsub.vae import make_vae
 
+pytestmark = pytest.mark.usefixtures("small_pictures")
+
 
 def small(**fields):
     config = tiny.get_config()
@@ -46,14 +47,6 @@ def small(**fields):
     config.evaluate.local.max_steps = 100
     config.evaluate.update(fields)
     return configs.resolve(config)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _small_pictures():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "_NUM_DRAWN", 2)
-        patch.setattr(sys.modules["infsub.measure"], "_NUM_SAMPLES", 20_000)
-        yield
 
 
 @pytest.fixture(scope="module")

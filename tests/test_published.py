@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from infsub import checkpoints, evaluate, experiments, files, main, published, records, shards
+from infsub import checkpoints, experiments, files, main, published, records, shards
 from infsub import config as configs
 from infsub.report.runs import load_run
 from infsub.types import UserError
+
+pytestmark = pytest.mark.usefixtures("small_pictures")
 
 TINY = {
     "model.latent_dim": 2,
@@ -33,14 +34,6 @@ def an_experiment():
     config = experiments.experiment("e", "Why?", CELLS, shared=TINY).unlock()
     config.scale = "smoke"
     return config.lock()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _small_pictures():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "_NUM_DRAWN", 2)
-        patch.setattr(sys.modules["infsub.measure"], "_NUM_SAMPLES", 20_000)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -146,10 +139,8 @@ def test_measured_again_from_its_weights_it_is_the_same(workdir, out, tmp_path, 
     """Rows and certificate, bit for bit, of a run that was never trained here."""
     (entry,) = (p for p in published.read(out) if p.cell == cell)
     run = place_of(out, cell)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "_NUM_DRAWN", 2)
-        main.run("evaluate", published.config(run, out), tmp_path / "again")
-        main.run("evaluate", published.config(run, out), tmp_path / "again")  # it is done
+    main.run("evaluate", published.config(run, out), tmp_path / "again")
+    main.run("evaluate", published.config(run, out), tmp_path / "again")  # it is done
     for stem in ("rows", "bdmc"):
         assert singles(tmp_path / "again", stem) == singles(entry.folder, stem)
     again, before = (

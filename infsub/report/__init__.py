@@ -40,12 +40,8 @@ def report(workdir: str, thresholds: Mapping[str, float] = MappingProxyType({}))
     """
     folder = Path(workdir)
     drawn = ["bars", *(["posteriors"] if (folder / records.POSTERIORS).exists() else [])]
-    _write(
-        [load_run(workdir, thresholds=thresholds)],
-        folder,
-        [{"kind": kind} for kind in drawn],
-        {"": folder},
-    )
+    run = load_run(workdir, thresholds=thresholds)
+    _write([run], folder, [{"kind": kind} for kind in drawn], {"": folder})
 
 
 def join(workdirs: Sequence[str], out: str) -> None:
@@ -102,9 +98,8 @@ def _write(
         files.write_bytes(out / "table.md", tables.document(runs, title).encode())
         files.write_csv(out / "table.csv", tables.csv_rows(runs))
         files.write_bytes(out / "table.tex", tables.latex(runs).encode())
-        for run, folder in zip(
-            runs, folders.values(), strict=False
-        ):  # none of those that are joined
+        # Beside the rows of each: of runs that are joined there are no folders here.
+        for run, folder in zip(runs, folders.values(), strict=False):
             files.write_csv(folder / "datapoints.csv", tables.datapoint_rows(run))
         if not figures:
             return
@@ -147,7 +142,7 @@ def draw(runs: Sequence[LoadedRun], figure: Mapping[str, Any], folders: Mapping[
 
     options = dict(figure)
     match options.pop("kind"):
-        case "bars" if not all(run.found.split for run in runs):
+        case "bars" if not all(run.found.has_gaps for run in runs):
             return f"no figure ({_NO_GAPS})"
         case "bars":
             return figures.gap_figure(runs)
@@ -175,7 +170,7 @@ def bars(runs: Sequence[LoadedRun]) -> Any:
       ValueError: a run has no gaps.
       ImportError: matplotlib is not installed.
     """
-    if not all(run.found.split for run in runs):
+    if not all(run.found.has_gaps for run in runs):
         raise ValueError(f"no figure: {_NO_GAPS}")
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError(_NO_MATPLOTLIB)

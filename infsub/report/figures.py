@@ -157,20 +157,21 @@ def _draw_bar(
         run.lines[name].mean
         for name in (INFERENCE.name, AMORTIZATION.of(own), APPROXIMATION.of(own))
     )
-    for right, gap, color, ink, outside in (
-        (-approximation.mean, amortization, BLUE, "white", "right"),
-        (0.0, approximation, YELLOW, "black", "left"),
+    per_nat = _per_nat(axes.get_xlim())
+    # x and align: of a number for which the bar has no room.
+    for left, gap, color, ink, x, align in (
+        (-inference.mean, amortization, BLUE, "white", -inference.mean - 2 / per_nat, "right"),
+        (-approximation.mean, approximation, YELLOW, "black", 2 / per_nat, "left"),
     ):
-        axes.barh(top, gap.mean, left=right - gap.mean, height=BAR, align="edge", color=color)
-        room = _per_nat(axes.get_xlim()) * abs(gap.mean)
+        axes.barh(top, gap.mean, left=left, height=BAR, align="edge", color=color)
+        room = per_nat * abs(gap.mean)
         number = gaps.with_error(gap.mean, gap.standard_error).replace("-", "−")
         mean = number.partition(" ")[0]
-        x, align = right - gap.mean / 2, "center"
         text, size = (number, TEXT) if _points(number, TEXT) < room else (mean, SMALL)
-        if _points(text, size) > room:  # beside the bar: left of the one, right of the other
-            aside = 2 / _per_nat(axes.get_xlim())
-            x = right + aside if outside == "left" else right - gap.mean - aside
-            ink, align = "black", outside
+        if _points(text, size) < room:
+            x, align = left + gap.mean / 2, "center"
+        else:
+            ink = "black"
         axes.text(x, top + 0.4 * BAR, text, color=ink, size=size, ha=align, va="center")
     for gap in (inference, approximation):
         axes.errorbar(

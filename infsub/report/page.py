@@ -220,7 +220,7 @@ def _flags(flags: Sequence[gaps.Flag], of_simulated: Sequence[gaps.Flag]) -> str
 
 def _labels(rows: Rows, found: gaps.Decomposition) -> str:
     """The gaps of each label, the largest first; "" where there are no labels, or too many."""
-    if rows.labels is None or not found.split:
+    if rows.labels is None or not found.has_gaps:
         return ""
     at = dict(zip(rows.indices.tolist(), map(str, rows.labels), strict=True))
     of = np.array([at[index] for index in found.indices.tolist()])

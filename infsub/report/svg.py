@@ -15,7 +15,7 @@ def gap_figure(found: gaps.Decomposition) -> str:
 
     A page's style colours the classes amortization and approximation.
     """
-    if not found.split:
+    if not found.has_gaps:
         return ""
     own = found.families[0]
     parts = {

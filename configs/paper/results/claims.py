@@ -146,10 +146,10 @@ def overfits_first(runs: Runs) -> list[Finding]:
     last, name = after[-1], own(after[-1], AMORTIZATION)
     best = min(after, key=lambda run: run.lines[name].mean.mean)
     best_model = max(after, key=lambda run: run.lines[LOG_PX.name].mean.mean)
-    rise = difference("the rise of the amortization gap", last, name, best, name)
-    fall = difference("the fall of log p̂", best_model, LOG_PX.name, last, LOG_PX.name)
     if last is best and last is best_model:
         return [Finding("both are best at the last checkpoint", 0.0, 0.0)]
+    rise = difference("the rise of the amortization gap", last, name, best, name)
+    fall = difference("the fall of log p̂", best_model, LOG_PX.name, last, LOG_PX.name)
     ahead = rise._replace(
         of=f"{rise.of} {gaps.with_error(rise.mean, rise.error)}, less {fall.of} "
         f"{gaps.with_error(fall.mean, fall.error)}",

@@ -332,7 +332,7 @@ def certificates(shown: Sequence[Cell]) -> tuple[str, bool]:
         return {n: v for n, v in run.settings.items() if n.startswith("evaluate.ais.")}
 
     runs = [cell.run for cell in shown]
-    wanted = [ais(run) for run in runs if run.found.split]
+    wanted = [ais(run) for run in runs if run.found.has_gaps]
     found = [r for r in runs if r.certificate.line and (not wanted or ais(r) in wanted)]
     if not found:
         return "–", False
