@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -13,13 +14,17 @@ from hypothesis import settings
 ROOT = Path(__file__).resolve().parent.parent
 
 # Nearly all of the tests' time is XLA's compiling, not its programs' running. Without its emitters of
-# fused loops it takes a third to a half as long (the quickstart runs what users get), and what one
-# process has compiled no other compiles again, unless that is as quick. Set before anything imports
-# jax, and inherited by the commands that tests start.
-os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {os.environ.get('XLA_FLAGS', '')}"
+# fused loops it takes a third to a half as long (the quickstart runs what users get), in one piece a tenth
+# less of a core that another worker wants too, and what one process has compiled no other compiles again,
+# unless that is as quick. Set before anything imports jax, and inherited by the commands that tests start.
+_QUICKLY = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+os.environ["XLA_FLAGS"] = f"{_QUICKLY} {os.environ.get('XLA_FLAGS', '')}"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".pytest_cache/compilations")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+# Tracing makes many objects and few cycles: collecting is a twentieth of the time otherwise.
+gc.set_threshold(50_000, 20, 50)
 
 # The same examples each time: a run is red for what changed. A first example may compile.
 settings.register_profile("same", derandomize=True, deadline=None, database=None)

@@ -38,22 +38,13 @@ pytestmark = pytest.mark.usefixtures("small_pictures")
 
 
 def small(**fields):
-    config = tiny.get_config()
-    config.train.num_epochs = 2
-    config.evaluate.update(
-        {"per_class": 1, "block_size": 4, "elbo_samples": 20, "iwae_samples": 50, "grid": 40}
-    )
-    config.evaluate.ais.update({"num_chains": 4, "num_temperatures": 5, "num_leapfrog": 2})
-    config.evaluate.local.max_steps = 100
-    config.evaluate.update(fields)
-    return configs.resolve(config)
+    return configs.resolve(tiny.measured(**fields))
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("trained")
     config = small()
-    config.evaluate.bdmc.num_points = 6
     train(config, workdir)
     assert evaluate.evaluate(config, workdir) == []
     return workdir
@@ -65,9 +56,7 @@ def workdir(trained, tmp_path):
 
 
 def again(workdir, **fields):
-    config = small(**fields)
-    config.evaluate.bdmc.num_points = 6
-    return evaluate.evaluate(config, workdir)
+    return evaluate.evaluate(small(**fields), workdir)
 
 
 @pytest.mark.parametrize("name", ["progress.json", "progress.evaluation.json"])
@@ -90,7 +79,7 @@ def test_a_last_block_is_no_program_of_its_own(trained, workdir, monkeypatch):
     for name in ("rows.jsonl", "bdmc.jsonl"):
         (workdir / name).unlink()
     again(workdir)
-    assert sizes == [4] * 5  # of ten rows, and of six points to certify on
+    assert sizes == [4] * 5  # of ten rows, and of eight points to certify on
     for name in ("rows.jsonl", "bdmc.jsonl"):
         assert files.read_rows(workdir / name) == files.read_rows(trained / name)
 
@@ -108,7 +97,7 @@ def test_rows(trained):
         assert 0 < row["ais_acceptance"] <= 1
         assert isinstance(row["local_gaussian_converged"], bool)
     bounds = files.read_rows(trained / "bdmc.jsonl")
-    assert [row["index"] for row in bounds] == list(range(6))
+    assert [row["index"] for row in bounds] == list(range(8))
     for row in bounds:
         np.testing.assert_allclose(row["gap"], row["upper"] - row["lower"], atol=1e-4)
 
@@ -157,9 +146,7 @@ def test_a_killed_evaluation_ends_with_the_same_numbers(trained, workdir, kept):
 
 def sharded(workdir, shard, **fields):
     """The shard's evaluation of the run; its config is that of `again`."""
-    config = small(**fields)
-    config.evaluate.bdmc.num_points = 6
-    return evaluate.evaluate(config, workdir, shard)
+    return evaluate.evaluate(small(**fields), workdir, shard)
 
 
 @pytest.fixture
@@ -185,7 +172,7 @@ def assert_same_rows(workdir, trained):
                 np.testing.assert_allclose(value, want[name], rtol=1e-6, atol=2e-3, err_msg=name)
 
 
-@pytest.mark.parametrize("count", [3, pytest.param(7, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [2, pytest.param(7, marks=pytest.mark.slow)])
 def test_shards_give_the_rows_of_one(trained, bare, count):
     order = np.random.default_rng(count).permutation(count)
     for i in order[:-1]:
@@ -218,7 +205,7 @@ def test_shards_give_the_rows_of_one(trained, bare, count):
 
 
 def test_a_killed_shard_ends_with_the_same_numbers_and_others_do_what_is_missing(trained, bare):
-    one, path = shards.Shard(1, 3), bare / "rows.shard-1-of-3.jsonl"
+    one, path = shards.Shard(1, 2), bare / "rows.shard-1-of-2.jsonl"
     sharded(bare, one)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])  # torn in a line, and in its block
@@ -253,8 +240,8 @@ def test_the_whole_and_a_shard_exclude_each_other(bare, monkeypatch):
 @pytest.mark.slow
 def test_points_of_the_model(trained, workdir):
     """Row i is of the model's draw i, whatever else is drawn; the report takes it for other data."""
-    curve = {"local": {"curve": (0, 2)}}
-    config = small(name="own", split="model", per_class=0, first=5, **curve)
+    fields = {"local": {"curve": (0, 2)}, "bdmc": {"num_points": 0}}
+    config = small(name="own", split="model", per_class=0, first=5, **fields)
     assert evaluate.evaluate(config, workdir) == []
     rows = files.read_rows(workdir / "own" / "rows.jsonl")
     assert [row["index"] for row in rows] == list(range(5))
@@ -446,7 +433,7 @@ def test_non_finite_datapoints_are_named(workdir, monkeypatch, capsys):
         return vae._replace(target=target)
 
     monkeypatch.setattr(evaluate, "make_vae", broken)
-    config = small(name="broken", grid=0)
+    config = small(name="broken", grid=0, bdmc={"num_points": 0})
     with pytest.raises(records.Stopped, match=str(bad[0])) as stopped:
         main.run("evaluate", config, workdir)
     assert stopped.value.exit_code == 1

@@ -21,15 +21,14 @@ from infsub import checkpoints, experiments, main
 from infsub import config as configs
 from infsub.train import train
 
-POINTS = 3
+pytestmark = pytest.mark.usefixtures("small_pictures")
+
+POINTS = 4
 PICTURES = {"table", "gaps", "posteriors", "datapoints"}  # of a report that fails late
 
 
 def config():
-    given = tiny.get_config()
-    given.train.num_epochs = 1
-    given.evaluate.update({"per_class": 0, "first": POINTS, "grid": 4})
-    given.evaluate.bdmc.num_points = POINTS
+    given = tiny.measured(per_class=0, first=POINTS, bdmc={"num_points": POINTS})
     return configs.resolve(given)
 
 
@@ -165,7 +164,7 @@ def torn_checkpoint(workdir):
 
 CONFIG = r"config\.json cannot be read as JSON .*: mend or remove it"
 NO_RUN = r"config\.json is no run's \({}.*\): give a run's --workdir, or mend it"
-ROW = r"{}\.jsonl, line 4, is no (row|JSON) \(.*\): mend it, or remove the file"
+ROW = rf"{{}}\.jsonl, line {POINTS + 1}, is no (row|JSON) \(.*\): mend it, or remove the file"
 TORN = r"posteriors\.npz is (torn|no npz file).*: remove it and evaluate the run again"
 JSON = r"{}\.json is not as infsub writes it \({}.*\): mend or remove it"
 
@@ -365,7 +364,7 @@ INPUTS = {
         r"rows\.shard-0-of-2\.jsonl, line 1, is no row",
     ),
     # what lies beside them
-    "metrics.jsonl, a list": (last_row("metrics.jsonl", "[1]"), "status", "line 2, is no row"),
+    "metrics.jsonl, a list": (last_row("metrics.jsonl", "[1]"), "status", "line 3, is no row"),
     "metrics.jsonl, texts": (
         text("metrics.jsonl", '{"step": "a", "epoch": 1, "elbo": 1}\n'),
         "status",
@@ -374,7 +373,7 @@ INPUTS = {
     "metrics.jsonl, torn inside": (
         unfinished(last_row("metrics.jsonl", '{"step"')),
         "train",
-        r"metrics\.jsonl, line 2, is no JSON",
+        r"metrics\.jsonl, line 3, is no JSON",
     ),
     "progress.json, []": (
         text("progress.json", "[]"),
@@ -424,7 +423,7 @@ INPUTS = {
     "evaluation.json, of other settings": (
         fields("evaluation.json", elbo_samples=7),
         "evaluate",
-        r"was made with other settings: elbo_samples was 7 and is 1000",
+        r"was made with other settings: elbo_samples was 7 and is 20",
     ),
     "evaluation.json, of another version": (
         fields("evaluation.json", tempering=3),

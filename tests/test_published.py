@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 
 from infsub import checkpoints, experiments, files, main, published, records, shards
 from infsub import config as configs
@@ -16,13 +17,9 @@ from infsub.types import UserError
 
 pytestmark = pytest.mark.usefixtures("small_pictures")
 
-TINY = {
-    "model.latent_dim": 2,
-    "model.encoder.hidden": (8,),
-    "model.decoder.hidden": (8,),
-    "train.batch_size": 250,
-    "evaluate.bdmc.num_points": 2,
-}
+DEFAULT = dict(configs.flatten(configs.default()))
+SMALL = tiny.measured(per_class=0, first=4, grid=0, bdmc={"num_points": 4})
+TINY = {n: value for n, value in configs.flatten(SMALL) if value != DEFAULT[n]}
 FROZEN = {"init_from": "@a", "init_parts": "decoder", "train.freeze": "decoder"}
 CELLS = {
     "a": {"evaluate.grid": 40},
