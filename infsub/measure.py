@@ -229,7 +229,7 @@ def _fits(
             rule=settings.preset,
             max_steps=settings.max_steps,
         )
-        if settings.preset != "fast":
+        if settings.preset == "authors":  # who start at N(0, I)
             return _Fit(family, posterior, found(), key_of_family)
         if posterior.natural is not None:
             return _Fit(family, posterior, found(start=curvature), key_of_family)
@@ -266,7 +266,7 @@ def _curves(point: Datapoint, fit: _Fit, settings: Settings) -> dict[str, Array]
     key = named(fit.key, "curve")
     posterior, rates = fit.posterior, {rows.AFTER: 1.0}
     params = posterior.init(named(key, "init"))
-    if settings.preset == "fast":  # the authors start at N(0, I)
+    if settings.preset != "authors":
         params = posteriors.with_gaussian(params, point.base)
     if fit.family == point.own and point.amortised is not None:
         posterior, params = point.amortised

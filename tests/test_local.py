@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import models
 import numpy as np
 import pytest
+from jax.scipy.stats import norm
 from jax.tree_util import Partial
 
-from infsub import densities, local, posteriors
+from infsub import densities, grids, local, posteriors
 from infsub.local import local_curve, optimize_local
 from infsub.samplers import as_sampler
 from infsub.types import Gaussian, Posterior, Target
@@ -152,6 +153,34 @@ def test_small_steps_are_for_a_flow_that_is_placed(monkeypatch):
     assert taken == [local.RULES["fast"], local._PLACED]
 
 
+def bent(y):
+    """z2 is z1² + y, up to noise: a posterior that is bent about a Gaussian's mean."""
+    return Target(None, lambda z: norm.logpdf(y, z[1] - z[0] ** 2, 0.3), latent_dim=2)
+
+
+@pytest.mark.slow
+@pytest.mark.computing
+@pytest.mark.parametrize("rule", ["fast", pytest.param("thorough", marks=pytest.mark.thorough)])
+def test_a_placed_flow_bends(rule):
+    """By small steps alone it would end at the best Gaussian, a third of a nat and more below log p(x)."""
+    ys, start = jnp.array([-1.0, 0.0, 0.5]), Gaussian(jnp.zeros(2), jnp.ones(2))
+
+    @jax.jit
+    @jax.vmap
+    def run(key, y):
+        target, family = bent(y), posteriors.rnvp(2, hidden=(20,))
+        gaussian = optimize_local(key, target, "full_gaussian", start=start)
+        flow = optimize_local(key, target, family, start=start, rule=rule)
+        return gaussian.elbo, flow.elbo, flow.converged, grids.log_px(target).log_px
+
+    gaussian, flow, converged, log_px = run(jax.random.split(jax.random.key(0), 3), ys)
+    assert np.all(log_px - gaussian.log_px > 0.3)
+    assert np.all(converged)
+    missed = log_px - flow.log_px
+    assert np.all(missed > -4 * flow.standard_error)
+    assert np.all(missed < 4 * flow.standard_error + 0.04)
+
+
 def test_companions_do_not_change_a_point(xs, zeros):
     """A converged point waits for its block unchanged: the same result in another block."""
     far = Gaussian(zeros.mean + 30, zeros.scale)
@@ -252,7 +281,7 @@ def test_in_float64(xs):
 def test_mistakes_are_named(xs):
     key, target, posterior = jax.random.key(9), MODEL.target(xs[0]), posteriors.gaussian(4)
     with pytest.raises(
-        ValueError, match="rule must be one of fast, authors, or a Rule; got 'slow'"
+        ValueError, match="rule must be one of fast, thorough, authors, or a Rule; got 'slow'"
     ):
         optimize_local(key, target, posterior, rule="slow")
     with pytest.raises(TypeError, match=r"a rule has the fields .*; got step_size"):
@@ -261,6 +290,8 @@ def test_mistakes_are_named(xs):
         optimize_local(key, target, posterior, num_samples=0)
     with pytest.raises(ValueError, match="learning_rate must be positive"):
         optimize_local(key, target, posterior, learning_rate=0.0)
+    with pytest.raises(ValueError, match="bold_rate at least 0"):
+        optimize_local(key, target, posterior, bold_rate=-1.0)
     with pytest.raises(ValueError, match="q must sample z of shape"):
         optimize_local(key, target, posteriors.gaussian(3))
     with pytest.raises(ValueError, match="params must have the posterior's shapes"):
