@@ -57,8 +57,7 @@ class Rule(NamedTuple):
       num_judged: samples that judge where paired.
       antithetic: whether the samples that fit and judge are pairs of noise and its opposite.
       natural: whether to step along the posterior's natural gradient in place of Adam.
-      bold_rate: learning rate of a second attempt, from where the first converged, with a patience of
-        10 windows and a decay of 0.85, that a window more than 10 nats below the best ends; 0: none.
+      bold_rate: learning rate of a second attempt, from the best of the first; 0: none.
     """
 
     learning_rate: float
@@ -93,13 +92,35 @@ _NATURAL = RULES["fast"]._replace(
 _NATURAL_NEAR = _NATURAL._replace(learning_rate=0.2, window=40)
 # "fast" for a flow that starts as a Gaussian of full covariance, or nearly. Of a posterior that is nearly
 # one there is little to gain, and larger steps would first leave it again; a third window would gain
-# 0.006 nats there. Of a bent one small steps would gain nothing for thousands, where larger ones find,
-# after up to ten windows of nothing, some tenths of a nat. The large ones come second, so as to cost time
-# alone where they lead nowhere, and of fifty dimensions a window of it: it ends thousands of nats below.
+# 0.006 nats there. Of a bent one larger steps find some tenths of a nat that small ones would not find in
+# thousands. They come second: where they lead nowhere they cost their time alone.
 _PLACED = RULES["fast"]._replace(
     learning_rate=5e-4, patience=2, num_judged=500, antithetic=True, bold_rate=1e-2
 )
-_BOLD_PATIENCE, _BOLD_DECAY, _BOLD_LOSS = 10, 0.85, 10.0
+
+
+class _Attempt(NamedTuple):
+    rate: Array  # of learning, at first
+    decay: Array
+    loss: Array  # nats below the best at which a window ends it
+    patience: Array
+
+
+def _attempts(rule: Rule, dtype: Any) -> _Attempt:
+    """One after the other, each from the best so far; each field [1], or [2] of a bold rule."""
+    num_attempts = 2 if rule.bold_rate else 1
+
+    def field(*values: float, dtype: Any = dtype) -> Array:
+        return jnp.asarray(values[:num_attempts], dtype)
+
+    # Up to ten windows of nothing, within a nat of the best, come before a gain; in fifty dimensions the
+    # first of them ends thousands of nats below, and none comes.
+    return _Attempt(
+        rate=field(rule.learning_rate, rule.bold_rate),
+        decay=field(rule.decay, 0.85),
+        loss=field(jnp.inf, 10.0),
+        patience=field(rule.patience, 10, dtype=int),
+    )
 
 
 class LocalResult(NamedTuple):
@@ -142,8 +163,8 @@ def optimize_local(
       params: where to start, such as `posteriors.with_gaussian(posterior.init(key), encoder(x))`;
         None starts at `posterior.init`, a standard normal.
       rule: "fast" (natural steps for a posterior that knows its natural gradient, else Adam, in small
-        steps where `start` placed it at a Gaussian of full covariance), "thorough" (the same natural
-        steps; a flow takes thousands of others until none of 60 windows gains),
+        steps and then larger ones where `start` placed it at a Gaussian of full covariance), "thorough"
+        (the same natural steps; a flow takes thousands of others until none of 60 windows gains),
         "authors" (Adam 1e-3, 100 samples, stop after 10 windows of 100 steps without improvement),
         or a Rule.
       start: a q to start from in place of params, such as the encoder's or `laplace`'s; of one that
@@ -439,10 +460,9 @@ class _State(NamedTuple):
     moments: optax.OptState
     best: Params
     best_values: Array  # what the best was judged by: ELBO samples [K], or one mean []
-    rate: Array | float  # learning rate
-    num_steps: Array | int
-    num_stalled: Array | int  # windows since the best
-    bold: Array | bool  # whether this is the second attempt
+    rate: Array  # learning rate
+    num_steps: Array
+    num_stalled: Array  # windows since the best
 
 
 @partial(jax.jit, static_argnames=("rule", "num_final_samples"))
@@ -488,7 +508,7 @@ def _search(
         key, sample = jax.random.clone(key_judge), posterior.sample
         return _log_weights(key, target, sample, params, rule.num_judged, rule)
 
-    def run_window(state: _State) -> _State:
+    def run_window(attempt: _Attempt, state: _State) -> _State:
         carry = (state.params, state.moments, jax.tree.map(jnp.zeros_like, state.params))
         numbers = state.num_steps + jnp.arange(rule.window)
         (params, moments, total), values = jax.lax.scan(partial(step, state.rate), carry, numbers)
@@ -499,48 +519,38 @@ def _search(
             candidate, values = params, jnp.nanmean(values)
         better, progress = _compare(values, state.best_values)
         best = _where(better, (candidate, values), (state.best, state.best_values))
-        decay = jnp.where(state.bold, _BOLD_DECAY, rule.decay)
-        state = _State(
+        lost = jnp.mean(values) < jnp.mean(state.best_values) - attempt.loss
+        stalled = jnp.where(lost, attempt.patience, state.num_stalled + 1)
+        return _State(
             params,
             moments,
             *best,
-            rate=jnp.where(progress, state.rate, decay * state.rate),
+            rate=jnp.where(progress, state.rate, attempt.decay * state.rate),
             num_steps=state.num_steps + rule.window,
-            num_stalled=jnp.where(progress, 0, state.num_stalled + 1),
-            bold=state.bold,
+            num_stalled=jnp.where(progress, 0, stalled),
         )
-        if not rule.bold_rate:
-            return state
-        # Not finite is lost too.
-        lost = ~(jnp.mean(values) > jnp.mean(state.best_values) - _BOLD_LOSS)
-        stop = jnp.full_like(state.num_stalled, _BOLD_PATIENCE)
-        state = state._replace(num_stalled=jnp.where(state.bold & lost, stop, state.num_stalled))
-        again = state._replace(
-            params=state.best,
-            moments=_ADAM.init(state.best),
-            rate=jnp.full_like(state.rate, rule.bold_rate),
-            num_stalled=jnp.zeros_like(state.num_stalled),
-            bold=jnp.ones_like(state.bold),
-        )
-        return _where(stalled(state) & ~state.bold, again, state)
 
-    def stalled(state: _State) -> Any:
-        return state.num_stalled >= jnp.where(state.bold, _BOLD_PATIENCE, rule.patience)
+    def run(state: _State, attempt: _Attempt) -> tuple[_State, Array]:
+        def unfinished(state: _State) -> Any:
+            return (state.num_stalled < attempt.patience) & (state.num_steps < rule.max_steps)
 
-    def unfinished(state: _State) -> Any:
-        return ~stalled(state) & (state.num_steps < rule.max_steps)
+        best, none = state.best, jnp.zeros_like(state.num_stalled)
+        moments = _ADAM.init(best)
+        state = state._replace(params=best, moments=moments, rate=attempt.rate, num_stalled=none)
+        end = jax.lax.while_loop(unfinished, partial(run_window, attempt), state)
+        return end, end.num_stalled >= attempt.patience
 
     best_values = judge(params)
     if not rule.paired:
         best_values = jnp.full((), -jnp.inf, best_values.dtype)
-    rate = jnp.asarray(rule.learning_rate, best_values.dtype)
-    start = _State(params, _ADAM.init(params), params, best_values, rate, 0, 0, bold=False)
-    end = jax.lax.while_loop(unfinished, run_window, start)
+    attempts, none = _attempts(rule, best_values.dtype), jnp.zeros((), int)
+    start = _State(params, _ADAM.init(params), params, best_values, attempts.rate[0], none, none)
+    end, converged = jax.lax.scan(run, start, attempts)
     best = end.best
     if not rule.paired:  # an unpaired rule has not looked at the start
         best = _where(_compare(judge(best), judge(params))[1], best, params)
-    converged = stalled(end) & _has_mean(end.best_values)
-    return best, jnp.asarray(end.num_steps), converged
+    converged = converged[-1] & _has_mean(end.best_values)
+    return best, end.num_steps, converged
 
 
 def _compare(values: Array, best_values: Array) -> tuple[Array, Array]:

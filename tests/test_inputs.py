@@ -28,8 +28,7 @@ PICTURES = {"table", "gaps", "posteriors", "datapoints"}  # of a report that fai
 
 
 def config():
-    given = tiny.measured(per_class=0, first=POINTS, bdmc={"num_points": POINTS})
-    return configs.resolve(given)
+    return configs.resolve(tiny.measured(per_class=0, first=POINTS, bdmc={"num_points": POINTS}))
 
 
 @pytest.fixture(scope="module")
