@@ -146,14 +146,16 @@ def _sylvester_matrices(params: Params) -> tuple[Array, Array, Array, Array]:
 sylvester = _tanh_flow(_sylvester_matrices)
 
 
-_STRAIGHT_TANH = 0.05  # of a unit's input at one standard deviation: bent by 0.1 %
+# Of a unit's input at one standard deviation, so that the unit is bent by a few per cent: of a straighter
+# one, in whose place R1 is larger, no gradient finds the bend of a posterior again.
+_NEARLY_STRAIGHT = 0.3
 
 
 def correlated_sylvester(steps: list[Params], q: Gaussian) -> tuple[list[Params], Vector]:
     """Sylvester steps that `correlate` nearly to q's precision, and the scale [D] of their noise.
 
-    Where R2 is small and R1 large a step is straight: z' = z + Q N Qᵀ (z − mean), N = R1 R2 upper
-    triangular.
+    Where R2 is small and R1 large a step is nearly straight: z' = z + Q N Qᵀ (z − mean), N upper
+    triangular, is R1 R2 and the mean slope of tanh.
     """
     inverse = linalg.inverse(q.scale)
     maps = [{name: step[name] for name in ("reflectors", "triangles")} for step in steps]
@@ -173,9 +175,13 @@ def correlated_sylvester(steps: list[Params], q: Gaussian) -> tuple[list[Params]
     for a in maps:
         basis, sheared = shear(a, factor)
         spread = jnp.sqrt(jnp.sum((basis.T @ factor) ** 2, axis=1))
-        # R2 = diag(small) scales what the units see to `_STRAIGHT_TANH`, R1 scales it back.
-        small = jnp.minimum(_STRAIGHT_TANH / spread, 0.5)
-        r1 = jnp.tril(a["triangles"], -1).T / small
+        # R2 = diag(small) scales what the units see to `_NEARLY_STRAIGHT`, R1 scales it back.
+        small = jnp.minimum(_NEARLY_STRAIGHT / spread, 0.9)
+        input_variance = (small * spread) ** 2
+        slope = (
+            1 - input_variance + 2 * input_variance**2
+        )  # E tanh', to third order in the variance
+        r1 = jnp.tril(a["triangles"], -1).T / (small * slope)
         diagonals = jnp.stack([jnp.zeros_like(small), jnp.arctanh(small / math.sqrt(_CONTRACTION))])
         bias = -small * (basis.T @ q.mean)
         new.append(a | {"triangles": r1, "diagonals": diagonals, "bias": bias})

@@ -367,8 +367,8 @@ def sylvester(
     Q [D, M] has orthonormal columns, from a product of Householder reflections; R1, R2 [M, M] are
     upper triangular with diagonals in (−1, 1), which makes it invertible. rank: M, by default
     min(D, 16). Encoded: mean, log_scale [D], "steps", a list of `flows.init_sylvester`'s dicts.
-    Placed at a Gaussian of full covariance its units are straight, and local inference hardly bends them
-    again: of a strongly bent posterior it finds more from `init`, by rule "authors".
+    Placed at a Gaussian of full covariance its units are nearly straight, so that it starts a few hundredths
+    of a nat below it.
     Raises ValueError when an argument is not a positive integer, or rank exceeds D.
     """
     num_hidden = min(latent_dim, 16) if rank is None else rank
