@@ -140,7 +140,7 @@ def test_small_steps_are_for_a_flow_that_is_placed(monkeypatch):
     class Taken(Exception):
         pass
 
-    def take(key, target, posterior, params, rule, num_final_samples):
+    def take(key, target, posterior, params, wide, rule, num_final_samples):
         taken.append(rule)
         raise Taken
 
@@ -189,6 +189,29 @@ def test_a_placed_flow_bends(family, rule, tolerance):
     missed = log_px - flow.log_px
     assert np.all(missed > -4 * flow.standard_error)
     assert np.all(missed < 4 * flow.standard_error + tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.computing
+def test_a_placed_flow_that_stays_far_begins_anew():
+    """The best Gaussian lies along one arm of each of five bends; a flow of width 200 stays there."""
+
+    def log_likelihood(
+        z,
+    ):  # as bent(-1) in each plane; the posterior is the joint density, log p(x) = 0
+        a, b = z[:5], z[5:]
+        return jnp.sum(norm.logpdf(b, a**2 - 1, 0.3) - norm.logpdf(b))
+
+    start = Gaussian(jnp.zeros(10), jnp.ones(10))
+
+    @jax.jit
+    def run(key):
+        target = Target(None, log_likelihood, latent_dim=10)
+        return optimize_local(key, target, posteriors.rnvp(10, hidden=(200,)), start=start)
+
+    found = run(jax.random.split(jax.random.key(0), 2)[0])
+    assert found.converged
+    assert abs(found.elbo.log_px) < 4 * found.elbo.standard_error + 0.2  # 2.6 without
 
 
 def test_companions_do_not_change_a_point(xs, zeros):
