@@ -123,25 +123,25 @@ _PLACED = RULES["fast"]._replace(
 
 
 class _Attempt(NamedTuple):
-    rate: Array  # of learning, at first
-    decay: Array
-    loss: Array  # nats below the best at which a window ends it
-    patience: Array
-    wide: Array  # whether it starts wide, and only where the best so far is far from p
+    rate: Any  # of learning, at first
+    # Up to ten windows of nothing, within a nat of the best, come before a gain.
+    decay: Any = 0.85
+    patience: Any = 10
+    loss: Any = jnp.inf  # nats below the best at which a window ends it
+    wide: Any = False  # whether it starts wide, and only where the best so far is far from p
 
 
 def _attempts(rule: Rule, wide: bool, dtype: Any) -> _Attempt:
     """One after the other, each field [number of attempts]; all but the wide one from the best so far."""
-    # Up to ten windows of nothing, within a nat of the best, come before a gain; in fifty dimensions the
-    # first of the bold ones ends thousands of nats below, and none comes.
-    attempts = [_Attempt(rule.learning_rate, rule.decay, jnp.inf, rule.patience, False)]
+    attempts = [_Attempt(rule.learning_rate, rule.decay, rule.patience)]
     if rule.bold_rate:
-        attempts.append(_Attempt(rule.bold_rate, 0.85, 10.0, 10, False))
+        # In fifty dimensions its first window ends thousands of nats below, and none comes back.
+        attempts.append(_Attempt(rule.bold_rate, loss=10.0))
     if wide:
-        attempts.append(_Attempt(rule.wide_rate, 0.85, jnp.inf, 10, True))
-    columns = _Attempt(*zip(*attempts, strict=True))
-    types = _Attempt(dtype, dtype, dtype, int, bool)
-    return _Attempt(*map(jnp.asarray, columns, types))
+        attempts.append(_Attempt(rule.wide_rate, wide=True))
+
+    types = _Attempt(dtype, dtype, int, dtype, bool)
+    return jax.tree.map(lambda kind, *values: jnp.asarray(values, kind), types, *attempts)
 
 
 class LocalResult(NamedTuple):
@@ -574,19 +574,19 @@ def _search(
         def unfinished(state: _State) -> Any:
             return (state.num_stalled < attempt.patience) & (state.num_steps < rule.max_steps)
 
-        best, num_stalled = state[2:4], jnp.zeros_like(state.num_stalled)
-        if wide is not None:  # it is judged against its own best until it ends
-            needed = is_far(state.best) | ~attempt.wide
+        best, before = state.best, (state.best, state.best_values)
+        values, num_stalled = state.best_values, jnp.zeros_like(state.num_stalled)
+        if wide is not None:  # judged against its own best until it ends
+            needed = is_far(best) | ~attempt.wide
             num_stalled = jnp.where(needed, num_stalled, attempt.patience)
-            unknown = jnp.full_like(state.best_values, -jnp.inf)
-            best = _where(attempt.wide, (wide, unknown), best)
-        start = _State(
-            best[0], _ADAM.init(best[0]), *best, attempt.rate, state.num_steps, num_stalled
-        )
+            unknown = jnp.full_like(values, -jnp.inf)
+            best, values = _where(attempt.wide, (wide, unknown), before)
+        moments = _ADAM.init(best)
+        start = _State(best, moments, best, values, attempt.rate, state.num_steps, num_stalled)
         end = jax.lax.while_loop(unfinished, partial(run_window, attempt), start)
         better, _ = _compare(end.best_values, state.best_values)
-        best = _where(better, end[2:4], state[2:4])
-        end = end._replace(best=best[0], best_values=best[1])
+        best, values = _where(better, (end.best, end.best_values), before)
+        end = end._replace(best=best, best_values=values)
         return end, end.num_stalled >= attempt.patience
 
     best_values = judge(params)
