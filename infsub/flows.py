@@ -177,10 +177,8 @@ def correlated_sylvester(steps: list[Params], q: Gaussian) -> tuple[list[Params]
         spread = jnp.sqrt(jnp.sum((basis.T @ factor) ** 2, axis=1))
         # R2 = diag(small) scales what the units see to `_NEARLY_STRAIGHT`, R1 scales it back.
         small = jnp.minimum(_NEARLY_STRAIGHT / spread, 0.9)
-        input_variance = (small * spread) ** 2
-        slope = (
-            1 - input_variance + 2 * input_variance**2
-        )  # E tanh', to third order in the variance
+        variance = (small * spread) ** 2  # of a unit's input
+        slope = 1 - variance + 2 * variance**2  # E tanh' to second order
         r1 = jnp.tril(a["triangles"], -1).T / (small * slope)
         diagonals = jnp.stack([jnp.zeros_like(small), jnp.arctanh(small / math.sqrt(_CONTRACTION))])
         bias = -small * (basis.T @ q.mean)

@@ -393,9 +393,11 @@ def _checked_rule(rule: str | Rule, changes: dict[str, Any]) -> Rule:
         raise ValueError(
             f"antithetic samples come in pairs: num_samples and num_judged; got {rule}"
         )
-    if not (rule.learning_rate > 0 and 0 < rule.decay <= 1 and rule.bold_rate >= 0):
+    more_rates = rule.bold_rate >= 0 and rule.wide_rate >= 0
+    if not (rule.learning_rate > 0 and 0 < rule.decay <= 1 and more_rates):
         raise ValueError(
-            f"learning_rate must be positive, decay in (0, 1] and bold_rate at least 0; got {rule}"
+            "learning_rate must be positive, decay in (0, 1], wide_rate and bold_rate at least 0; "
+            f"got {rule}"
         )
     return rule
 
@@ -574,18 +576,18 @@ def _search(
         def unfinished(state: _State) -> Any:
             return (state.num_stalled < attempt.patience) & (state.num_steps < rule.max_steps)
 
-        best, before = state.best, (state.best, state.best_values)
-        values, num_stalled = state.best_values, jnp.zeros_like(state.num_stalled)
+        held = state.best, state.best_values
+        begin, needed = held, True
         if wide is not None:  # judged against its own best until it ends
-            needed = is_far(best) | ~attempt.wide
-            num_stalled = jnp.where(needed, num_stalled, attempt.patience)
-            unknown = jnp.full_like(values, -jnp.inf)
-            best, values = _where(attempt.wide, (wide, unknown), before)
-        moments = _ADAM.init(best)
+            unknown = jnp.full_like(state.best_values, -jnp.inf)
+            begin = _where(attempt.wide, (wide, unknown), held)
+            needed = jax.lax.cond(attempt.wide, is_far, lambda _: jnp.asarray(True), state.best)
+        best, values = begin
+        moments, num_stalled = _ADAM.init(best), jnp.where(needed, 0, attempt.patience)
         start = _State(best, moments, best, values, attempt.rate, state.num_steps, num_stalled)
         end = jax.lax.while_loop(unfinished, partial(run_window, attempt), start)
         better, _ = _compare(end.best_values, state.best_values)
-        best, values = _where(better, (end.best, end.best_values), before)
+        best, values = _where(better, (end.best, end.best_values), held)
         end = end._replace(best=best, best_values=values)
         return end, end.num_stalled >= attempt.patience
 

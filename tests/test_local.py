@@ -196,9 +196,7 @@ def test_a_placed_flow_bends(family, rule, tolerance):
 def test_a_placed_flow_that_stays_far_begins_anew():
     """The best Gaussian lies along one arm of each of five bends; a flow of width 200 stays there."""
 
-    def log_likelihood(
-        z,
-    ):  # as bent(-1) in each plane; the posterior is the joint density, log p(x) = 0
+    def log_likelihood(z):  # a posterior of z_{i+5} = z_i² − 1 + noise, and log p(x) = 0
         a, b = z[:5], z[5:]
         return jnp.sum(norm.logpdf(b, a**2 - 1, 0.3) - norm.logpdf(b))
 
@@ -325,6 +323,8 @@ def test_mistakes_are_named(xs):
         optimize_local(key, target, posterior, learning_rate=0.0)
     with pytest.raises(ValueError, match="bold_rate at least 0"):
         optimize_local(key, target, posterior, bold_rate=-1.0)
+    with pytest.raises(ValueError, match="wide_rate and bold_rate at least 0"):
+        optimize_local(key, target, posterior, wide_rate=-1.0)
     with pytest.raises(ValueError, match="q must sample z of shape"):
         optimize_local(key, target, posteriors.gaussian(3))
     with pytest.raises(ValueError, match="params must have the posterior's shapes"):
