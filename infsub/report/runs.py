@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -70,6 +71,23 @@ class LoadedRun(NamedTuple):
         """Sentences for the caption, below the verdict's."""
         lacking = [f"Not all is evaluated: {self.missing}."] if self.missing else []
         return self.found.notes + self.certificate.notes + lacking
+
+    def is_paired(self, other: LoadedRun) -> bool:
+        """Whether the lines of both are over the very same datapoints, in one order."""
+        return self.data == other.data and np.array_equal(self.indices, other.indices)
+
+
+def difference(a: LoadedRun, name_a: str, b: LoadedRun, name_b: str) -> tuple[float, float]:
+    """The mean of the line `name_a` of one run − that of `name_b` of another, and its standard error.
+
+    The error over datapoints: paired where they are the same, else the errors add in squares.
+    """
+    first, second = a.lines[name_a], b.lines[name_b]
+    if a.is_paired(b):
+        mean = gaps.difference(first, second).mean
+        return mean.mean, mean.standard_error
+    error = math.hypot(first.mean.standard_error, second.mean.standard_error)
+    return first.mean.mean - second.mean.mean, error
 
 
 def decomposed(

@@ -6,10 +6,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from infsub import files, gaps
-from infsub.report.runs import LoadedRun, line_names
+from infsub.report.runs import LoadedRun, difference, line_names
 from infsub.rows import get, in_order, label
 
 # What a run says of itself in a caption; runs that are joined also say where they differ.
@@ -55,14 +53,8 @@ def best_runs(runs: Sequence[LoadedRun]) -> dict[str, set[int]]:
 
 
 def _ahead(name: str, run: LoadedRun, other: LoadedRun) -> bool:
-    a, b = run.lines[name], other.lines[name]
-    if np.array_equal(run.indices, other.indices):
-        paired = gaps.difference(a, b).mean
-        lead, error = paired.mean, paired.standard_error
-    else:
-        lead = a.mean.mean - b.mean.mean
-        error = math.hypot(a.mean.standard_error, b.mean.standard_error)
-    return (-lead if a.kind == "gap" else lead) > 2 * error
+    lead, error = difference(run, name, other, name)
+    return (-lead if run.lines[name].kind == "gap" else lead) > gaps.MEAN_ERRORS * error
 
 
 def markdown(runs: Sequence[LoadedRun]) -> list[str]:
@@ -138,7 +130,7 @@ def differences(runs: Sequence[LoadedRun]) -> dict[str, dict[str, gaps.Line]]:
     first, *others = runs
     found = {}
     for run in others:
-        if run.data == first.data and np.array_equal(run.indices, first.indices):
+        if run.is_paired(first):
             common = [name for name in line_names([first]) if name in run.found.lines]
             found[run.name] = {
                 name: gaps.difference(run.lines[name], first.lines[name], first.lines[name].kind)

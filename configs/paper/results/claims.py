@@ -12,10 +12,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from infsub import gaps
-from infsub.report.runs import LoadedRun
+from infsub.report.runs import LoadedRun, difference
 from infsub.rows import AMORTIZATION, APPROXIMATION, LOG_PX, family_label
 
 Scales = Mapping[str, Mapping[str, Any]]  # {scale: {cell: make.Cell}}, the largest first
@@ -64,17 +62,6 @@ class Claim(NamedTuple):
     share: float = 1.0
 
 
-def difference(of: str, a: LoadedRun, name_a: str, b: LoadedRun, name_b: str) -> Finding:
-    """The line `name_a` of one run − the line `name_b` of another: paired on the same datapoints."""
-    first, second = a.lines[name_a], b.lines[name_b]
-    if a.data == b.data and np.array_equal(a.indices, b.indices):
-        mean = gaps.difference(first, second, "difference").mean
-        return Finding(of, mean.mean, mean.standard_error)
-    means = first.mean, second.mean
-    error = math.hypot(*(mean.standard_error for mean in means))
-    return Finding(of, means[0].mean - means[1].mean, error)
-
-
 def own(run: LoadedRun, quantity: Any) -> str:
     """The name of a gap of the encoder's own family."""
     return quantity.of(run.families[0])
@@ -87,7 +74,7 @@ def amortization_dominates(runs: Runs) -> list[Finding]:
             if run := runs("main_table", f"{data}_{q}"):
                 of = f"{data} trained with {family_label(q)}"
                 names = own(run, AMORTIZATION), own(run, APPROXIMATION)
-                found.append(difference(of, run, names[0], run, names[1]))
+                found.append(Finding(of, *difference(run, names[0], run, names[1])))
     return found
 
 
@@ -100,7 +87,7 @@ def accommodates(own: str, other: str) -> Callable[[Runs], list[Finding]]:
             theirs, its = (runs("main_table", f"{data}_{q}") for q in (other, own))
             if theirs and its:
                 name = APPROXIMATION.of(own)
-                found.append(difference(data, theirs, name, its, name))
+                found.append(Finding(data, *difference(theirs, name, its, name)))
         return found
 
     return findings
@@ -111,7 +98,7 @@ def flows_amortise(runs: Runs) -> list[Finding]:
     for q in ("auxiliary", "rnvp", "planar", "sylvester"):
         if plain and (run := runs("flow_parameters", f"linear_{q}")):
             names = own(plain, AMORTIZATION), own(run, AMORTIZATION)
-            found.append(difference(family_label(q), plain, names[0], run, names[1]))
+            found.append(Finding(family_label(q), *difference(plain, names[0], run, names[1])))
     return found
 
 
@@ -126,7 +113,7 @@ def between(
             a, b = runs(experiment, first), runs(experiment, second)
             if a and b:
                 name = own(a, quantity)
-                found.append(difference(of, a, name, b, name))
+                found.append(Finding(of, *difference(a, name, b, name)))
         return found
 
     return findings
@@ -148,8 +135,8 @@ def overfits_first(runs: Runs) -> list[Finding]:
     best_model = max(after, key=lambda run: run.lines[LOG_PX.name].mean.mean)
     if last is best and last is best_model:
         return [Finding("both are best at the last checkpoint", 0.0, 0.0)]
-    rise = difference("the rise of the amortization gap", last, name, best, name)
-    fall = difference("the fall of log p̂", best_model, LOG_PX.name, last, LOG_PX.name)
+    rise = Finding("the rise of the amortization gap", *difference(last, name, best, name))
+    fall = Finding("the fall of log p̂", *difference(best_model, LOG_PX.name, last, LOG_PX.name))
     ahead = rise._replace(
         of=f"{rise.of} {gaps.with_error(rise.mean, rise.error)}, less {fall.of} "
         f"{gaps.with_error(fall.mean, fall.error)}",
