@@ -28,6 +28,8 @@ from tqdm import tqdm
 
 from infsub.types import UserError
 
+_BETWEEN_LINES = 10.0  # seconds, of progress that is no bar
+
 
 def say(text: str) -> None:
     """One plain line on stderr, where progress goes; stdout is for results."""
@@ -59,14 +61,11 @@ class Progress:
       label: what is being done.
       done: units done in an earlier session.
       unit: what is counted.
-      seconds: least time between two plain lines.
     """
 
-    def __init__(
-        self, total: int, label: str, done: int = 0, unit: str = "step", seconds: float = 10.0
-    ) -> None:
+    def __init__(self, total: int, label: str, done: int = 0, unit: str = "step") -> None:
         self.total, self.done, self.seconds_left = total, done, float("nan")
-        self._label, self._unit, self._seconds = label, unit, seconds
+        self._label, self._unit = label, unit
         self._since: tuple[int, float] | None = None  # the first update: before, jax compiles
         self._last_line = time.monotonic()
         self._bar = (
@@ -91,7 +90,7 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(done - self._bar.n)
-        elif now - self._last_line >= self._seconds or done == self.total:
+        elif now - self._last_line >= _BETWEEN_LINES or done == self.total:
             self._last_line = now
             known = done < self.total and np.isfinite(self.seconds_left)
             left = f", {duration(self.seconds_left)} left" if known else ""

@@ -62,7 +62,7 @@ def test_csv_has_the_columns_of_all_rows(tmp_path):
 def test_progress_in_plain_lines(capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    progress = files.Progress(100, "train", done=20, seconds=10)
+    progress = files.Progress(100, "train", done=20)
     now[0] = 1000  # of compilation, which says nothing of the speed
     for done in range(21, 101):
         progress.update(done, "note")

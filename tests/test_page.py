@@ -53,6 +53,12 @@ def make_run(num_points=N, seed=0, name="run", without=()):
     return runs.decomposed(name, measured, [], document)
 
 
+def judged(run, sentence, points):
+    """The run with other verdicts."""
+    verdicts = run.verdicts._replace(sentences=[sentence], points=points)
+    return run._replace(verdicts=verdicts)
+
+
 def data_of(html):
     """What the page's script reads."""
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
@@ -89,7 +95,7 @@ def test_a_row_has_the_numbers_of_its_datapoint():
 
 def test_the_tables_numbers_are_the_lines():
     run = make_run()
-    html = page.document(run, verdict="It is fine.")
+    html = page.document(judged(run, "It is fine.", run.verdicts.points))
     mean = run.lines["inference_gap"].mean
     row = re.search(r'<tr class="gap"><th scope="row">inference gap</th>(.*?)</tr>', html)
     assert row is not None
@@ -112,13 +118,8 @@ def test_the_gaps_of_a_label_are_its_datapoints():
 
 
 def test_what_users_have_named_is_text():
-    run = make_run(name=HOSTILE)
-    html = page.document(
-        run,
-        verdict=HOSTILE,
-        verdicts=[HOSTILE] * N,
-        xs=[np.array([HOSTILE] * N, object)],
-    )
+    run = judged(make_run(name=HOSTILE), HOSTILE, [HOSTILE] * N)
+    html = page.document(run, xs=[np.array([HOSTILE] * N, object)])
     assert html.count("</script>") == 2  # the data's and the page's own
     assert "<img" not in html
     data = data_of(html)
@@ -174,11 +175,9 @@ def test_pictures_are_of_the_largest_gaps_when_there_is_no_room(monkeypatch):
     assert np.nanmin(gap[drawn]) >= np.nanmax(gap[~drawn])
 
 
-@pytest.mark.parametrize("options", [{"xs": np.zeros((3, 8, 8))}, {"verdicts": ["fine"] * 3}])
-def test_as_many_as_rows(options):
-    run = make_run()
+def test_as_many_datapoints_as_rows():
     with pytest.raises(ValueError, match="120"):
-        page.document(run, **options)
+        page.document(make_run(), xs=np.zeros((3, 8, 8)))
 
 
 def test_a_page_without_gaps_is_a_page_too():
@@ -215,7 +214,7 @@ def written(tmp_path_factory):
     xs = np.random.default_rng(0).random((N, 28, 28)) > 0.5
     verdicts = ["amortization" if n % 2 else HOSTILE for n in range(N)]
     path = tmp_path_factory.mktemp("page") / "report.html"
-    page.write(path, run, xs, verdict="The encoder is to blame.", verdicts=verdicts)
+    page.write(path, judged(run, "The encoder is to blame.", verdicts), xs)
     return path, run
 
 

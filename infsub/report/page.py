@@ -45,45 +45,30 @@ _DIAGNOSTICS = {
 }
 
 
-def write(path: str | Path, run: LoadedRun, xs: Any = None, **options: Any) -> None:
-    """Writes the `document` of these arguments into a file, such as report.html.
+def write(path: str | Path, run: LoadedRun, xs: Any = None) -> None:
+    """Writes the `document` of a run into a file, such as report.html.
 
     Raises:
       OSError: nothing can be written there.
       ValueError: as `document`.
     """
-    files.write_bytes(Path(path), document(run, xs, **options).encode())
+    files.write_bytes(Path(path), document(run, xs).encode())
 
 
-def document(
-    run: LoadedRun,
-    xs: Any = None,
-    *,
-    verdict: str | None = None,
-    verdicts: Sequence[str] | None = None,
-) -> str:
+def document(run: LoadedRun, xs: Any = None) -> str:
     """The page's HTML.
 
     Args:
       run: with the rows of all N datapoints, also of those that no mean is over.
       xs: pytree [N, …], the datapoints in the order of the rows; images are drawn, those of the
         largest inference gaps if PICTURES is not enough for all.
-      verdict: sentence on the model; None: the run's.
-      verdicts: [N], a word or two on each datapoint; None: the run's.
 
     Raises:
-      ValueError: xs or verdicts are not of N datapoints.
+      ValueError: xs are not of N datapoints.
     """
-    count = len(run.measured.indices)
-    judged = run.verdicts
-    verdict = " ".join(judged.sentences) if verdict is None else verdict
-    if verdicts is None and judged.sentences:
-        verdicts = [str(point) for point in judged.points]
-    if verdicts is not None and len(verdicts) != count:
-        raise ValueError(f"verdicts must be {count}, one a row; got {len(verdicts)}")
-    columns = _columns(run.measured, run.found, verdicts)
+    verdict, columns = " ".join(run.verdicts.sentences), _columns(run)
     data = {"columns": columns, "flags": [flag.of_one for flag in run.found.flags]}
-    data |= _looks(xs, count, _order(columns))
+    data |= _looks(xs, len(run.measured.indices), _order(columns))
     style, script = _asset("page.css"), _asset("page.js")
     notes, settings = (
         "".join(f"<p>{escape(text)}</p>" for text in texts)
@@ -107,16 +92,15 @@ def document(
     )
 
 
-def _columns(
-    rows: Rows, found: gaps.Decomposition, verdicts: Sequence[str] | None
-) -> list[dict[str, Any]]:
+def _columns(run: LoadedRun) -> list[dict[str, Any]]:
     """What the page's script shows of every row: {key, name, group, values, …}, column by column."""
+    rows, found = run.measured, run.found
     columns = [_column("index", "datapoint", "", rows.indices.tolist())]
     if rows.labels is not None:
         texts = ["" if value is None else str(value) for value in rows.labels]
         columns.append(_column("label", "label", "", texts))
-    if verdicts is not None:
-        columns.append(_column("verdict", "verdict", "", list(verdicts)))
+    if run.verdicts.sentences:
+        columns.append(_column("verdict", "verdict", "", list(map(str, run.verdicts.points))))
     place = {index: row for row, index in enumerate(rows.indices.tolist())}
     kept = [place[index] for index in found.indices.tolist()]
     by_quantity = sorted(
