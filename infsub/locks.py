@@ -40,12 +40,13 @@ class Held(UserError):
     """Another process does it.
 
     Attributes:
+      owner: what its note says; None: there is none to read.
       silent: it is of another host and may be dead: the operating system says that nobody holds it.
     """
 
-    def __init__(self, text: str, silent: bool = False) -> None:
+    def __init__(self, text: str, owner: dict[str, Any] | None, silent: bool = False) -> None:
         super().__init__(text)
-        self.silent = silent
+        self.owner, self.silent = owner, silent
 
 
 @contextlib.contextmanager
@@ -55,7 +56,7 @@ def owned(folder: Path, activity: str, patience: float = 0.0) -> Iterator[None]:
     Args:
       folder: made when missing.
       activity: what is done.
-      patience: seconds to wait for another process that does it.
+      patience: seconds to wait for another process that does it, anew for each one of a queue.
 
     Raises:
       Held: another process does; who that is and what to do.
@@ -80,11 +81,13 @@ def owned(folder: Path, activity: str, patience: float = 0.0) -> Iterator[None]:
 
 
 def _acquire(folder: Path, activity: str, lock: FileLock, note: Path, patience: float) -> None:
-    start, told = time.monotonic(), False
+    start, told, owner = time.monotonic(), False, None
     while True:
         try:
             return _try(folder, activity, lock, note)
         except Held as error:
+            if error.owner and error.owner != owner:
+                start, owner = time.monotonic(), error.owner
             # A job that starts anew on another host has nobody who tries again after a while.
             batch = PRESUMED_DEAD + SIGN_OF_LIFE if error.silent and _in_a_job() else 0.0
             longest = max(patience, batch)
@@ -105,7 +108,8 @@ def _try(folder: Path, activity: str, lock: FileLock, note: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
-        raise Held(_held(folder, activity, _read(note), alive=True)) from None
+        owner = _read(note)
+        raise Held(_held(folder, activity, owner, alive=True), owner) from None
     except OSError as error:
         if is_full(error):
             raise
@@ -124,7 +128,7 @@ def _try(folder: Path, activity: str, lock: FileLock, note: Path) -> None:
         other = now if (now := _read(note)) != mine else None
     if other:
         lock.release()
-        raise Held(_held(folder, activity, other, alive=False), silent=True)
+        raise Held(_held(folder, activity, other, alive=False), other, silent=True)
 
 
 def refuse_others(folder: Path, activities: str, patience: float = 0.0) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -91,6 +92,26 @@ def test_who_looks_at_locks_at_the_same_time_is_not_refused(tmp_path):
     assert refused == []
 
 
+def test_a_queue_of_jobs_is_longer_than_the_patience_with_each(tmp_path, monkeypatch):
+    """Shards of a job array start at once, and each holds the whole evaluation for a moment."""
+    here = locks._here
+    monkeypatch.setattr(locks, "_here", lambda: here() | {"pid": threading.get_ident()})
+    monkeypatch.setattr(locks, "CONFIRMED", 0.1)
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    ended = []
+
+    def shard():
+        with contextlib.suppress(UserError), locks.owned(tmp_path, "evaluation", 0.5):
+            ended.append(threading.get_ident())
+
+    threads = [threading.Thread(target=shard) for _ in range(12)]  # 1.2 seconds in all
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(ended) == 12
+
+
 def test_an_error_inside_gives_it_back(tmp_path):
     with pytest.raises(ZeroDivisionError), locks.owned(tmp_path, "training"):
         _ = 1 / 0
@@ -129,7 +150,7 @@ def test_a_job_waits_until_another_host_is_presumed_dead(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "1")
     start = time.monotonic()
     with locks.owned(tmp_path, "training"):
-        assert 0.3 < time.monotonic() - start < 5
+        assert 0.3 < time.monotonic() - start < 60
     # One that lives on this host is refused at once all the same.
     with locks.owned(tmp_path, "training"), pytest.raises(UserError, match="is held by"):
         locks.owned(tmp_path, "training").__enter__()
