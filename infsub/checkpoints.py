@@ -194,7 +194,8 @@ def load_variables(workdir: str | Path, which: str = "best") -> tuple[Variables,
     try:
         tree = read(directory / f"{step:08d}", template, run["identity"])
     except Damaged as error:
-        raise UserError(f"{error}; the training command run again makes it anew.") from error
+        gone = "it" if step == present[-1] else "it and those after it"
+        raise UserError(f"{error}; remove {gone}, and the training command goes on.") from error
     return tree[name], int(tree["progress"]["best_step"]) if which == "best" else step
 
 

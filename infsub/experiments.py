@@ -131,8 +131,9 @@ def experiment(
       name: of its folder in the workdir.
       question: what its figure answers.
       cells: {name: fields}. A value "@CELL" of init_from is that cell's run. "@1/4" as
-        evaluate.checkpoint is after a quarter of the epochs, as evaluate.ais.num_temperatures a
-        quarter of the scale's; as model.encoder.hidden it widens the first layer of the scale's.
+        evaluate.checkpoint is after a quarter of the epochs, as train.keep_every so many of them, as
+        evaluate.ais.num_temperatures a quarter of the scale's; "@2" as model.encoder.hidden makes the
+        first layer twice as wide as the scale's.
       shared: fields of all cells.
       scales: {scale: fields}, on top of SCALES.
       smoke: the cells that scale `smoke` runs, one of each kind; none: all.
@@ -186,6 +187,7 @@ def expand(config: configs.Config, workdir: Path, overrides: Sequence[str] = ())
     fixed = {name: _get(config, name) for name in overrides if name != "scale"}
     for name in fixed.keys() & {"train.num_seeds", "init_from", "evaluate.name"}:
         raise UserError(f"config.{name} is set by the experiment {given.name} cell by cell.")
+    others = fixed.get("data.name")  # data that the user wants in every cell
     if scale == "smoke":  # only these data are everywhere
         fixed = {"data.name": "mnist5k"} | fixed
     described = dict(given.cells)
@@ -204,12 +206,11 @@ def expand(config: configs.Config, workdir: Path, overrides: Sequence[str] = ())
         if name in path:
             raise UserError(f"experiment {given.name}: cells {', '.join(path)} need each other.")
         fields = dict(described[name])
-        data_name = fields.get("data.name", config.data.name)
-        under = at_scale(scale, data_name)
+        under = at_scale(scale, others or fields.get("data.name", config.data.name))
         if fields.get("train.freeze") == "decoder":
             under |= _FROZEN.get(scale, {})
         under |= dict(given.scales.get(scale, ()))
-        fields = under | _shares(fields, under) | fixed
+        fields = under | _shares(fields, under | fixed) | fixed
         source = fields.pop("init_from", "").removeprefix("@")
         needs = (add(source, (*path, name)),) if source else ()
         cell = _cell(f"experiment {given.name}, cell {name}", name, fields, needs, workdir)
@@ -221,16 +222,22 @@ def expand(config: configs.Config, workdir: Path, overrides: Sequence[str] = ())
     return list(cells.values())
 
 
-def _shares(fields: dict[str, Any], under: dict[str, Any]) -> dict[str, Any]:
-    """`fields` with every "@share" as the number it is of the scale's."""
-    values = dict(configs.flatten(configs.default())) | under
+def _shares(fields: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """`fields` with every "@share" as the number it is of the scale's, or the user's."""
+    values = dict(configs.flatten(configs.default())) | given
 
     def value(name: str, value: Any) -> Any:
         if not isinstance(value, str) or not value.startswith("@") or name == "init_from":
             return value
         share = Fraction(value[1:])
-        if name == "evaluate.checkpoint":
-            return f"epoch_{round(share * values['train.num_epochs'])}"
+        if name in ("evaluate.checkpoint", "train.keep_every"):
+            epochs = share * values["train.num_epochs"]
+            if epochs.denominator > 1:
+                raise UserError(
+                    f"config.train.num_epochs={values['train.num_epochs']} has no whole {share} of it, "
+                    f"after which a checkpoint is kept: give a multiple of {share.denominator}."
+                )
+            return int(epochs) if name == "train.keep_every" else f"epoch_{epochs}"
         if name == "model.encoder.hidden":
             first, *rest = values[name]
             return (round(share * first), *rest)
@@ -358,8 +365,10 @@ def read_cells(path: Path) -> dict[str, dict[str, str]]:
 
 
 def _done(cell: Cell) -> dict[str, Any] | None:
-    """What the cell ended with, if it has."""
-    return files.read_json(cell.evaluation / "done.json", {"not_finite": list})
+    """What the cell ended with, if it has and nothing of it has been removed since."""
+    done = files.read_json(cell.evaluation / "done.json", {"not_finite": list})
+    drawn = not cell.config.evaluate.grid or (cell.evaluation / records.POSTERIORS).exists()
+    return done if done and drawn and not records.missing(cell.evaluation) else None
 
 
 def _run_cell(

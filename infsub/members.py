@@ -32,9 +32,10 @@ class Member:
             "best_epoch": np.asarray(0),
             "best_value": np.asarray(-np.inf),
         }
-        self.ended = (files.read_json(workdir / "summary.json", records.SUMMARY) or {}).get(
-            "ended", ""
-        )
+        summary = files.read_json(workdir / "summary.json", records.SUMMARY) or {}
+        self.ended = summary.get("ended", "")
+        if self.ended != "diverged" and summary.get("step") not in self.checkpoints.steps():
+            self.ended = ""  # the last checkpoint has been removed: it is made anew
         self._board: records.TensorBoard | None = None
 
     def resume(self, step: int) -> None:

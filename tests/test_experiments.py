@@ -9,7 +9,7 @@ import pytest
 from forks import commands
 
 from infsub import config as configs
-from infsub import evaluate, experiments, locks, records, report, train
+from infsub import evaluate, experiments, files, locks, records, report, train
 from infsub.experiments import expand, experiment
 from infsub.local import RULES
 from infsub.shards import WHOLE, Shard
@@ -142,14 +142,36 @@ def test_who_beats_whom(tmp_path):
     assert [cell.config.train.num_epochs for cell in expand(config, tmp_path, overrides)] == [5, 5]
 
 
+def test_data_that_the_user_chose_bring_their_own_fields(tmp_path):
+    cells = {"a": {}, "b": {"data.name": "cifar10"}}
+    for data, kind, annealing in (("cifar10", "conv", 50), ("fashion_mnist", "mlp", 400)):
+        config = experiment("e", QUESTION, cells)
+        config, overrides = overridden(config, scale="full", data__name=data)
+        for cell in expand(config, tmp_path, overrides):
+            assert cell.config.data.name == data
+            assert cell.config.model.encoder.kind == kind
+            assert cell.config.train.annealing_epochs == annealing
+
+
+def test_shares_are_of_the_users_epochs(tmp_path):
+    cells = {"late": {"evaluate.checkpoint": "@1/2", "train.keep_every": "@1/4"}}
+    config = experiment("e", QUESTION, cells)
+    late, overrides = overridden(config, train__num_epochs=8)
+    (cell,) = expand(late, tmp_path, overrides)
+    assert (cell.config.evaluate.checkpoint, cell.config.train.keep_every) == ("epoch_4", 2)
+    odd, overrides = overridden(config, train__num_epochs=9)
+    with pytest.raises(UserError, match=r"num_epochs=9 has no whole 1/[24].*a multiple of [24]\."):
+        expand(odd, tmp_path, overrides)
+
+
 def test_at_full_an_encoder_alone_trains_a_tenth_of_the_way(tmp_path):
     """On a frozen decoder, which itself trains as the authors' does; and the user's word is last."""
     for scale, epochs in (("full", (3280, 328)), ("small", (30, 30)), ("paper", (3280, 3280))):
         config, overrides = overridden(a_config(), scale=scale)
         cells = by_name(expand(config, tmp_path, overrides))
         assert tuple(cells[n].config.train.num_epochs for n in ("source", "user")) == epochs
-    config, overrides = overridden(a_config(), scale="full", train__num_epochs=5)
-    assert by_name(expand(config, tmp_path, overrides))["user"].config.train.num_epochs == 5
+    config, overrides = overridden(a_config(), scale="full", train__num_epochs=6)
+    assert by_name(expand(config, tmp_path, overrides))["user"].config.train.num_epochs == 6
 
 
 @pytest.mark.parametrize(
@@ -181,7 +203,10 @@ def stubs(monkeypatch):
 
     def evaluate_one(config, folder, patience):
         calls.append(("evaluate", config.seed))
-        (folder / config.evaluate.name).mkdir()
+        evaluation = folder / config.evaluate.name
+        evaluation.mkdir(exist_ok=True)
+        files.write_json(evaluation / "evaluation.json", {records.NUM_POINTS: 1})
+        files.append_rows(evaluation / "rows.jsonl", [{"index": 0}])
         return [7] if config.seed == 99 else []
 
     monkeypatch.setattr(train, "train", train_one)
@@ -221,6 +246,28 @@ def test_a_failing_cell_leaves_the_others_whole(tmp_path, stubs, capsys):
     calls.clear()
     assert experiments.run(config, tmp_path) == 0
     assert calls == []
+
+
+@pytest.mark.parametrize("lost", ["rows.jsonl", records.POSTERIORS])
+def test_a_cell_of_which_something_was_removed_is_done_again(tmp_path, stubs, monkeypatch, lost):
+    """As the sentence on a torn file says: remove it."""
+    calls, _ = stubs
+    config = experiment("e", QUESTION, {"a": {"model.latent_dim": 2, "evaluate.grid": 20}})
+    (cell,) = expand(config, tmp_path)
+    evaluate_one = evaluate.evaluate
+
+    def draw(*arguments, **options):
+        bad = evaluate_one(*arguments, **options)
+        (cell.evaluation / records.POSTERIORS).touch()
+        return bad
+
+    monkeypatch.setattr(evaluate, "evaluate", draw)
+    for expected in (["train", "evaluate"], [], ["train", "evaluate"], []):
+        calls.clear()
+        assert experiments.run(config, tmp_path) == 0
+        assert [kind for kind, _ in calls] == expected
+        if not expected:
+            (cell.evaluation / lost).unlink()
 
 
 def test_points_that_are_not_finite_are_named_every_time(tmp_path, stubs, capsys):

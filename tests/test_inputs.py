@@ -445,7 +445,11 @@ INPUTS = {
     ),
     # checkpoints
     "no checkpoints": (no_steps, "evaluate", "has no checkpoint yet: run it with --mode=train"),
-    "a torn checkpoint": (torn_checkpoint, "evaluate", "checkpoint .* cannot be read"),
+    "a torn checkpoint": (
+        torn_checkpoint,
+        "evaluate",
+        "checkpoint .* cannot be read .*; remove it, and the training command goes on",
+    ),
     # an experiment's folder
     "cells.json, []": (
         text("seen/cells.json", "[]"),

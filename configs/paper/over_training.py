@@ -26,13 +26,12 @@ def get_config() -> Config:
             for when in WHEN
             for split in ("train", "validation")
         },
-        shared={"data.name": "fashion_mnist", "model.latent_dim": 20},
-        scales={
-            "full": {"train.keep_every": 410},
-            "paper": {"train.keep_every": 410},
-            "small": {"train.num_epochs": 80, "train.keep_every": 10},
-            "smoke": {"train.num_epochs": 8, "train.keep_every": 1},
+        shared={
+            "data.name": "fashion_mnist",
+            "model.latent_dim": 20,
+            "train.keep_every": f"@{WHEN[0]}",
         },
+        scales={"small": {"train.num_epochs": 80}, "smoke": {"train.num_epochs": 8}},
         figure={
             "kind": "curves",
             "x": "evaluate.checkpoint",
