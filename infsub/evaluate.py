@@ -87,6 +87,7 @@ def _evaluate(
             held = locks.owned(workdir / settings.name, _ACTIVITY, locks.MOMENT)
             whole.enter_context(held)
         folder = _claim(workdir, settings, run, facts, len(indices))
+        claimed = files.read_json(folder / "evaluation.json") or {}
     if shards.paths(folder, "rows"):
         began = records.continued(began, _clock(folder, shard))
     num_points, num_chains = max(1, len(shard.of(indices))), settings.ais.num_chains
@@ -100,6 +101,14 @@ def _evaluate(
     def evaluated(block: np.ndarray) -> dict[str, Any]:
         labels = [None] * len(block) if points.labels is None else points.labels[block]
         columns = mapped(subjects.bounds, key_rows, points.at(block), block)
+        now = files.read_json(folder / "evaluation.json") or {}
+        if differing := configs.differences(
+            claimed, now
+        ):  # another shard claimed it before any rows
+            raise UserError(
+                f"{folder} is another evaluation's by now: {'; '.join(differing)}. Keep both with "
+                "--config.evaluate.name=NAME, a folder for this evaluation."
+            )
         return {rows.LABEL: labels} | columns
 
     written = _write_rows(
@@ -293,7 +302,9 @@ def _claim(
         for path in (*left, *shards.paths(folder, "bdmc")):
             path.unlink(missing_ok=True)
     run |= {"config": run["config"] | {"evaluate": settings.to_dict()}}
-    run |= records.made_by() if settings.name else {}  # else the file is the training's too
+    if settings.name:  # else the file is the training's too
+        same = before == used and records.is_measured(folder)
+        run |= records.made_by(files.read_json(folder / "config.json") if same else None)
     files.write_json(folder / "config.json", run)
     files.write_json(folder / "evaluation.json", used | {records.NUM_POINTS: num_points})
     return folder

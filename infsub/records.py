@@ -241,6 +241,11 @@ def missing(folder: Path) -> str:
     )
 
 
+def is_measured(folder: Path) -> bool:
+    """Whether all datapoints of the evaluation in a folder have their rows."""
+    return bool(shards.paths(folder, "rows")) and not missing(folder)
+
+
 def _nats(value: Any) -> str:
     return f"{value:.2f}" if isinstance(value, int | float) else "unknown"
 
@@ -325,13 +330,13 @@ def claim(
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         identity = configs.identity(config, data_identity, init_identity)
-        by = made_by()
+        done = None
         if (workdir / "config.json").exists():
             run = read_run(workdir, "identified", "identity")
             check_same(run, workdir, identified)
             identity = run["identity"]  # an older revision's stays, for its checkpoints carry it
-            if (workdir / "summary.json").exists():  # trained, by what it says
-                by = {name: run[name] for name in by if name in run}
+            trained = (workdir / "summary.json").exists()
+            done = run if trained or (config.model.imported and is_measured(workdir)) else None
         elif found := [name for name in TRACES if (workdir / name).exists()]:
             raise UserError(
                 f"{workdir} has {found[0]} and no config.json, so it is unknown which run it is of: "
@@ -344,7 +349,7 @@ def claim(
             "config": configs.to_json(config),
             "identity": identity,
             "identified": identified,
-            **by,
+            **made_by(done),
         }
         files.write_json(workdir / "config.json", facts)
     except OSError as error:
@@ -355,9 +360,10 @@ def claim(
         ) from error
 
 
-def made_by() -> dict[str, Any]:
-    """What a file says of the code and the machine that made its numbers."""
-    return {"versions": versions(), "git_revision": git_revision(), "machine": machine()}
+def made_by(done: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What a file says of the code and the machine that made its numbers; `done`: as this one says."""
+    now = {"versions": versions(), "git_revision": git_revision(), "machine": machine()}
+    return now if done is None else {name: done[name] for name in now if name in done}
 
 
 def versions() -> dict[str, str]:
@@ -395,11 +401,14 @@ def processor() -> str:
 
 def git_revision() -> str:
     """The commit of the code, with "+" when it was changed since; "" outside a checkout."""
-    folder = Path(__file__).parent
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--abbrev=40"]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+        return ended.stdout.strip()
+
     try:
-        return subprocess.run(
-            [*command, "--exclude=*"], capture_output=True, text=True, timeout=5, check=True
-        ).stdout.strip()
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # else the checkout is another's
+        return git("describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.SubprocessError):
         return ""

@@ -237,6 +237,23 @@ def test_the_whole_and_a_shard_exclude_each_other(bare, monkeypatch):
     assert shards.paths(bare, "rows") == []
 
 
+def test_shards_of_other_settings_do_not_mix_while_there_are_no_rows(bare, monkeypatch):
+    """One has claimed the folder and computes; the other one, of new settings, claims it and ends."""
+    map_all, claimed = evaluate.map_datapoints, []
+
+    def compute(*arguments, **options):
+        if not claimed:
+            claimed.append("by the other")
+            sharded(bare, shards.Shard(1, 2), iwae_samples=60)
+        return map_all(*arguments, **options)
+
+    monkeypatch.setattr(evaluate, "map_datapoints", compute)
+    with pytest.raises(UserError, match="another evaluation's by now: .*iwae_samples was 50 and"):
+        sharded(bare, shards.Shard(0, 2))
+    counts = [len(files.read_rows(path)) for path in shards.paths(bare, "rows")]
+    assert counts == [0, 5]
+
+
 @pytest.mark.slow
 def test_points_of_the_model(trained, workdir):
     """Row i is of the model's draw i, whatever else is drawn; the report takes it for other data."""
@@ -326,6 +343,13 @@ def test_other_settings_do_not_mix(workdir):
     again(workdir, iwae_samples=60, name="more")
     assert (workdir / "rows.jsonl").read_bytes() == before
     more = files.read_rows(workdir / "more" / "rows.jsonl")
+    # What made them stays with them, until there are others.
+    told = workdir / "more/config.json"
+    for lost, revision in ((0, "of old"), (1, records.git_revision())):
+        files.write_json(told, files.read_json(told) | {"git_revision": "of old"})
+        files.rewrite_rows(workdir / "more/rows.jsonl", more[lost:])
+        again(workdir, iwae_samples=60, name="more")
+        assert files.read_json(told)["git_revision"] == revision
     # the ELBO's key does not depend on what else is measured
     rows = files.read_rows(workdir / "rows.jsonl")
     assert [row["elbo"] for row in more] == [row["elbo"] for row in rows]

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import os
+import re
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -82,6 +84,13 @@ def test_claim_writes_down_what_the_run_is(tmp_path):
     assert run["levels"] == 2
     assert {"python", "jax", "flax", "infsub"} <= run["versions"].keys()
     assert "git_revision" in run
+
+
+def test_the_revision_is_of_infsubs_own_checkout(monkeypatch):
+    assert re.fullmatch(r"[0-9a-f]{40}\+?", records.git_revision())
+    installed = Path(records.__file__).with_name("installed.py")  # in another's checkout, not of it
+    monkeypatch.setattr(records, "__file__", str(installed))
+    assert records.git_revision() == ""
 
 
 def test_claim_asks_for_the_same_run_and_changes_nothing_else(tmp_path):
