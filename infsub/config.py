@@ -2,7 +2,7 @@
 
 A config file's `get_config(arg)` starts from `default()` and changes fields; variants are arguments
 (`configs/model.py:dataset=fashion_mnist,posterior=auxiliary`), read by `variant`.
-Imports nothing heavy: `--help`, `--mode=status` and mistakes answer at once.
+Imports no flax, orbax or tensorstore: `--help`, `--mode=status` and mistakes answer at once.
 """
 
 from __future__ import annotations

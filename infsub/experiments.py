@@ -375,7 +375,7 @@ def _run_cell(
     cell: Cell, folder: Path, states: Mapping[str, str], evaluated: bool, patience: float
 ) -> str:
     """Trains and, where wanted, evaluates; "" or, in a sentence, what went wrong."""
-    from infsub import evaluate, train  # jax and flax: not for a mistake in an experiment
+    from infsub import evaluate, train  # flax and orbax: not for a mistake in an experiment
 
     if missing := [name for name in cell.needs if states.get(name)]:
         return f"not run, for it needs {missing[0]}"

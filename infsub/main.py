@@ -80,13 +80,15 @@ def explain(argv: list[str], error: Exception) -> str:
         return f"--config={given[-1]}: there is no such file."
     if isinstance(error, AttributeError | KeyError):
         known = [name for name, _ in configs.flatten(configs.default())]
-        for name in overrides:
-            if name not in known:
-                similar = difflib.get_close_matches(name, known, 1)
-                hint = f"did you mean config.{similar[0]}?" if similar else "--help lists them."
-                return f"there is no field config.{name}: {hint}"
-    reason = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
+        unknown = [name for name in overrides if name not in known]
+        # An experiment has a scale, and each family options of its own.
+        ours = [n for n in unknown if n != "scale" and not n.startswith("model.posterior.")]
+        for name in ours or unknown:
+            similar = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean config.{similar[0]}?" if similar else "--help lists them."
+            return f"there is no field config.{name}: {hint}"
     kind = type(error).__name__
+    reason = [kind, *filter(None, map(str.strip, str(error).splitlines()))][-1]
     where = "" if type(error).__module__.startswith("absl") else f"--config={given[-1]} failed: "
     return f"{where}{reason if where == '' or kind in reason else f'{kind}: {reason}'}."
 
@@ -211,7 +213,7 @@ def run(
     Of a shard: one of the processes trains and the others wait for it, or those of a team train
     together; then each evaluates its shard, and the last to end reports.
     """
-    from infsub import (  # jax and flax: not for a mistake, nor for --help
+    from infsub import (  # flax and orbax: not for a mistake, nor for --help
         evaluate,
         imported,
         published,

@@ -131,7 +131,7 @@ def _infsub(module: str, *arguments: str) -> tuple[str, ...]:
 
 
 def _stem(file: str) -> str:
-    """The config's name, with its argument: configs/model.py:posterior=planar is model-posterior=planar."""
+    """The config's name, with its argument: configs/model.py:posterior=planar is model-posterior_planar."""
     path, _, argument = file.partition(":")
     return "-".join(filter(None, [Path(path).stem, argument.replace("=", "_")]))
 
@@ -143,8 +143,12 @@ def _is_experiment(file: str) -> bool:
     if spec is None or spec.loader is None or not Path(path).is_file():
         sys.exit(f"launch.sweep: --config={file}: there is no such file.")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return "experiment" in module.get_config(*filter(None, [argument]))
+    try:
+        spec.loader.exec_module(module)
+        return "experiment" in module.get_config(*filter(None, [argument]))
+    except Exception as error:  # a config file may raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        sys.exit(f"launch.sweep: --config={file}: {reason}")
 
 
 def parameters(given: argparse.Namespace) -> dict[str, Any]:
@@ -222,6 +226,8 @@ def _seeds(text: str) -> list[int]:
     for part in text.split(","):
         first, _, last = part.partition("-")
         seeds += range(int(first), int(last or first) + 1)
+    if not seeds:
+        raise argparse.ArgumentTypeError(f"{text!r} names no seed: give them as 0-3,7")
     return seeds
 
 

@@ -248,7 +248,7 @@ def test_shards_of_other_settings_do_not_mix_while_there_are_no_rows(bare, monke
         return map_all(*arguments, **options)
 
     monkeypatch.setattr(evaluate, "map_datapoints", compute)
-    with pytest.raises(UserError, match="another evaluation's by now: .*iwae_samples was 50 and"):
+    with pytest.raises(UserError, match=r"another evaluation's by now: .*iwae_samples was 50 and"):
         sharded(bare, shards.Shard(0, 2))
     counts = [len(files.read_rows(path)) for path in shards.paths(bare, "rows")]
     assert counts == [0, 5]

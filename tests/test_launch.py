@@ -95,6 +95,8 @@ def test_a_mistake_is_a_sentence(tmp_path):
         ([f"--config={TINY}"], "two configs are called tiny-seed_0"),
         (["--shards=0"], "--shards=0 must be at least 1"),
         (["--slurm=gpu"], "'gpu' is not NAME=VALUE"),
+        (["--seeds=3-1"], "'3-1' names no seed"),
+        ([f"--config={ROOT}/configs/model.py:postrior=ffg"], "postrior"),
     ):
         command = sweep_here(f"--workdir={tmp_path}", "--dry-run", *arguments)
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

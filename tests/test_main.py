@@ -39,6 +39,7 @@ BROKEN = {
     "empty.py": "x = 3",
     "field.py": "from infsub.config import default\n"
     "def get_config():\n    config = default()\n    config.train.epochs = 3\n    return config",
+    "silent.py": "def get_config():\n    assert False",
     "bare.py": "from ml_collections import ConfigDict\n"
     "def get_config():\n    return ConfigDict({'seed': 1})",
 }
@@ -51,6 +52,10 @@ MISTAKES = {
     "config and its value apart": (
         ["W", "--config", "nothere.py"],
         "--config=nothere.py: there is no",
+    ),
+    "field beside those that only some configs have": (
+        ["W", PAPER, "--config.scale=full", "--config.model.posterior.rank=3", "--config.sed=1"],
+        "no field config.sed: did you mean config.seed?",
     ),
     "field, the config apart": (
         ["W", *QUICK.split("="), "--config.sed=1"],
@@ -70,6 +75,7 @@ MISTAKES = {
     "import": (["W", "import.py"], "import.py failed: ModuleNotFoundError: No module .*nothere"),
     "empty": (["W", "empty.py"], "empty.py failed: .*no attribute 'get_config'"),
     "field in file": (["W", "field.py"], 'field.py failed: .*Key "epochs" does not exist'),
+    "without a word": (["W", "silent.py"], "silent.py failed: AssertionError."),
     "bare": (["W", "bare.py"], "the config has no field data.binarisation"),
     "argument": (["W", f"{QUICK}:z=3"], "get_config.. takes 0 positional arguments"),
     "field": (

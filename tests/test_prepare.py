@@ -9,6 +9,8 @@ import importlib.resources
 import io
 import os
 import re
+import socket
+import struct
 import subprocess
 import sys
 import tarfile
@@ -187,6 +189,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if mode == "missing":
             self.send_error(404)
             return
+        if mode == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+            return
         if mode == "wrong":
             raw = bytes(len(raw))
         if mode == "norange":
@@ -241,6 +247,7 @@ def test_download_over_http_and_files_of_two_sets_with_the_same_names(server, of
         ("trickle", r"too slow: under 1024 bytes a second for 0.5 s"),
         ("short", r"broke off after 100 of \d+ bytes; run the same command again"),
         ("wrong", r"is not the official file: its sha256 is \w{64} and \w{64} is wanted"),
+        ("reset", r"cannot be read \(.*reset.*\) after 0 bytes; run the same command again"),
         ("missing", r"answered 404 Not Found: give another --source"),
     ],
 )

@@ -256,7 +256,7 @@ def _download(url: str, path: Path, original: Original, timeout: float) -> None:
             f"{url} was too slow: under {SLOWEST} bytes a second for {timeout:g} s, after {size} of "
             f"{original.size} bytes; {again}"
         ) from error
-    except (urllib.error.URLError, http.client.HTTPException, ValueError) as error:
+    except (urllib.error.URLError, http.client.HTTPException, ConnectionError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise UserError(f"{url} cannot be read ({reason}) after {size} bytes; {again}") from error
     if size < original.size:
