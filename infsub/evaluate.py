@@ -37,6 +37,7 @@ from infsub.vae import make_vae
 _NUM_DRAWN = 6  # datapoints whose posteriors are drawn
 _ACTIVITY = "evaluation"  # of the lock
 _WEIGHTS = "weights"  # in evaluation.json: a hash of what was measured
+_TOLD = (records.NUM_POINTS, records.OWN)
 
 
 def evaluate(
@@ -86,7 +87,9 @@ def _evaluate(
         if shard != WHOLE:  # one shard at a time, and none while the whole is evaluated
             held = locks.owned(workdir / settings.name, _ACTIVITY, locks.MOMENT)
             whole.enter_context(held)
-        folder = _claim(workdir, settings, run, facts, len(indices))
+        told: dict[str, Any] = {records.NUM_POINTS: len(indices)}
+        told |= {records.OWN: source.own} if config.model.imported else {}
+        folder = _claim(workdir, settings, run, facts, told)
         claimed = files.read_json(folder / "evaluation.json") or {}
     if shards.paths(folder, "rows"):
         began = records.continued(began, _clock(folder, shard))
@@ -188,7 +191,7 @@ def _ours(config: configs.Config, workdir: Path, run: dict[str, Any], root: Key)
     if settings.split == "model":
         number = settings.first or 10 * settings.per_class
         split = subjects.simulate(stream(root, Stream.IMAGES), vae, variables, number)
-        facts["images"] = hashlib.sha256(np.asarray(split.images.values).tobytes()).hexdigest()[:16]
+        facts[records.DATA] = hashlib.sha256(np.asarray(split.images.values).tobytes()).hexdigest()[:16]
     else:
         split = dataset.split(settings.split)
     own = config.model.posterior.name
@@ -221,6 +224,7 @@ def _theirs(config: configs.Config, root: Key) -> _Source:
         dataset = data.load_config(config.data)
         points = _points_of(dataset.split(settings.split), dataset.levels, root)
     else:
+        facts[records.DATA] = imported.digest(xs)
 
         def at(block: np.ndarray) -> Any:
             return jax.tree.map(lambda leaf: np.asarray(leaf)[block], xs)
@@ -230,7 +234,9 @@ def _theirs(config: configs.Config, root: Key) -> _Source:
 
         points = _Points(found.size, labels, at, shown)
     first = jax.tree.map(lambda leaf: leaf[0], points.at(np.arange(1)))
-    own = subjects.family_of(model, params, first) or config.model.posterior.name
+    own, stated = subjects.family_of(model, params, first), config.model.posterior.name
+    if not own and stated != "gaussian":  # the default states nothing
+        own = stated
     return _Source(subject, params, own, points, facts)
 
 
@@ -281,15 +287,22 @@ def _not_finite(indices: np.ndarray, written: list[dict[str, Any]]) -> list[int]
 
 
 def _claim(
-    workdir: Path, settings: Any, run: dict[str, Any], facts: dict[str, Any], num_points: int
+    workdir: Path,
+    settings: Any,
+    run: dict[str, Any],
+    facts: dict[str, Any],
+    told: dict[str, Any],
 ) -> Path:
-    """The folder of this evaluation, whose config.json says with which settings it is made."""
+    """The folder of this evaluation, whose config.json says with which settings it is made.
+
+    Rows depend on the `facts` as on the settings; what is `told` beside them follows from them.
+    """
     folder = workdir / settings.name
     used = _used(settings) | facts
     before = files.read_json(folder / "evaluation.json")
     if before is not None:
-        before.pop(records.NUM_POINTS, None)
-        added = {_WEIGHTS: facts[_WEIGHTS]} if _WEIGHTS in facts else {}
+        before = {name: value for name, value in before.items() if name not in _TOLD}
+        added = {name: facts[name] for name in (_WEIGHTS, records.DATA) if name in facts}
         before = _used(configs.default().evaluate) | added | before  # with what was added since
     if before is not None and before != used and shards.read(folder, "rows"):
         raise UserError(
@@ -306,7 +319,7 @@ def _claim(
         same = before == used and records.is_measured(folder)
         run |= records.made_by(files.read_json(folder / "config.json") if same else None)
     files.write_json(folder / "config.json", run)
-    files.write_json(folder / "evaluation.json", used | {records.NUM_POINTS: num_points})
+    files.write_json(folder / "evaluation.json", used | told)
     return folder
 
 

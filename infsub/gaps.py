@@ -81,9 +81,9 @@ def decimals(error: float) -> int:
 
 
 def with_error(value: float, error: float) -> str:
-    """`12.34 ± 0.05`, `0.241 ± 0.003`: a number and its standard error."""
+    """`12.34 ± 0.05`, `0.241 ± 0.003`: a number and its standard error; `12.34` where there is none."""
     digits = decimals(error)
-    return f"{value:z.{digits}f} ± {error:.{digits}f}"
+    return f"{value:z.{digits}f}{f' ± {error:.{digits}f}' if np.isfinite(error) else ''}"
 
 
 class Flag(NamedTuple):
@@ -445,7 +445,7 @@ def _witnesses(
                 "(config.evaluate.ais.start)."
             )
         limit = np.maximum(POINT_ERRORS * above.errors, MIN_DIFFERENCE)
-        few = witness.errors > min_ess**-0.5
+        few = witness.errors**2 * min_ess > 1
         lucky = np.where(few, np.log(above.values.size / CHANCE), 0)
         then = f", where {estimator.label} misses mass"
         bad = above.values > np.maximum(limit, lucky)

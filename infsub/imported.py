@@ -48,14 +48,18 @@ class Imported(NamedTuple):
         return digest((self.params, self.xs))
 
 
+def _numbers(tree: Any) -> list[Any]:
+    """The leaves of a pytree that are numbers: not a module's functions."""
+    numbers = jax.Array | np.ndarray | np.generic | int | float | complex
+    return [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, numbers)]
+
+
 def digest(tree: Any) -> str:
     """A hash of the arrays of a pytree."""
     found = hashlib.sha256()
-    for leaf in jax.tree.leaves(tree):
+    for leaf in _numbers(tree):
         if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
-        if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float | complex):
-            continue  # a module's functions
         array = np.ascontiguousarray(leaf)
         found.update(f"{array.dtype} {array.shape}".encode())
         found.update(array.tobytes())
@@ -90,6 +94,12 @@ def load(name: str, checkpoint: str) -> Imported:
             f"(Model, params, xs, labels); it returned {_described(built)}."
         )
     found = Imported._make((*built, None, None)[:4])
+    if not _numbers(found.params):
+        raise UserError(
+            f"{flag} returned params without an array, so that nothing tells rows of other weights from "
+            "these: return the weights as params, not only in the functions; a number will do where there "
+            "are none."
+        )
     try:
         labels = None if found.labels is None else np.asarray(found.labels)
         if labels is not None and labels.shape != (found.size,):

@@ -92,7 +92,8 @@ class Measurement:
     @property
     def columns(self) -> dict[str, np.ndarray]:
         """{column: [N]} of all rows."""
-        return {name: np.array([row[name] for row in self.rows]) for name in self.rows[0]}
+        names = dict.fromkeys(name for row in self.rows for name in row)
+        return {name: np.array([row.get(name) for row in self.rows]) for name in names}
 
     def table(self, format: Format = "markdown") -> str:
         """The table as Markdown, LaTeX (booktabs) or CSV. Raises ValueError for another format."""
@@ -195,14 +196,20 @@ class Comparison:
         return bars(self.runs)
 
     def __str__(self) -> str:
-        return "\n".join([*tables.summary(self.runs), *tables.difference_tables(self.runs)])
+        try:
+            return "\n".join([*tables.summary(self.runs), *tables.difference_tables(self.runs)])
+        except ValueError:  # each says what is wrong with it
+            return "\n\n".join(f"{name}:\n{m}" for name, m in self.measurements.items())
 
     def __repr__(self) -> str:
         return str(self)
 
     def _repr_markdown_(self) -> str:
-        below = [*tables.difference_tables(self.runs), "", *tables.footer(self.runs)]
-        return "\n".join([*tables.markdown(self.runs), *below])
+        try:
+            below = [*tables.difference_tables(self.runs), "", *tables.footer(self.runs)]
+            return "\n".join([*tables.markdown(self.runs), *below])
+        except ValueError:
+            return str(self)
 
 
 def measure(
@@ -282,6 +289,8 @@ def measure(
     labels = [None] * num_points if labels is None else np.asarray(labels).tolist()
     if not isinstance(labels, list) or len(labels) != num_points:
         raise ValueError(f"labels must have shape [N={num_points}]; got {labels!r}")
+    if images is not None and number_of(images) != num_points:
+        raise ValueError(f"images must be N={num_points}; got {number_of(images)}")
     own = own or subjects.family_of(model, params, jax.tree.map(lambda leaf: leaf[0], xs))
     num_chains = settings.ais.num_chains
     block_size, chunk_size = subjects.sizes(num_points, num_chains, block_size or 0)

@@ -24,7 +24,11 @@ from infsub.types import UserError
 
 TRACES = ("checkpoints", "metrics.jsonl", "rows.jsonl", "table.md", "seed_0")  # that a run leaves
 POSTERIORS = "posteriors.npz"  # the densities that an evaluation with a grid leaves
-NUM_POINTS = "num_points"  # in evaluation.json: how many datapoints the evaluation is of
+# In evaluation.json, beside the settings: how many datapoints it is of; the family of an imported
+# encoder, which the config does not know; and what tells apart data that have no name.
+NUM_POINTS = "num_points"
+OWN = "own family"
+DATA = "images"
 IMAGES = "images.npz"  # the evaluated datapoints, for the report's page
 FACTS: dict[str, type] = {
     "config": dict,

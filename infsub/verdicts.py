@@ -109,6 +109,9 @@ def judge(rows: Rows, found: Decomposition, certificate: Certificate | None = No
         nothing = Verdict("inconclusive", "the gap is not split", _NEXT["nothing"])
         return Verdicts(nothing, [nothing] * len(rows.indices), [])
     width, masks = _width(certificate), [_marked(found, names) for names in _doubts(found)]
+    elbo, log_px, own = schema.ELBO.name, schema.LOG_PX.name, schema.LOCAL.of(families[0])
+    negative, worse = (_side(lines, {n: 1, elbo: -1}, of_mean=False).below for n in (log_px, own))
+    masks = [masks[0] | negative, worse, *masks[1:]]
     kept = _decide(lines, families, masks, width, of_mean=False)
     most = [np.array([np.mean(mask) > SHARE]) for mask in masks]
     lost = 1 - len(found.indices) / len(rows.indices)  # a bound is not finite
@@ -186,8 +189,12 @@ def _decide(
     width: float,
     of_mean: bool,
 ) -> list[Verdict]:
-    """The rules at each datapoint, or at the mean; masks: what `_doubts` names."""
-    doubted, unconverged, full_unconverged = masks
+    """The rules at each datapoint, or at the mean.
+
+    masks: where log p̂ is in doubt; L[q*] is worse than L[q]; the own family's optimum is in doubt; and
+    the full Gaussian's.
+    """
+    doubted, worse, unconverged, full_unconverged = masks
     elbo, log_px, own = schema.ELBO.name, schema.LOG_PX.name, schema.LOCAL.of(families[0])
     gap = _side(lines, {log_px: 1, elbo: -1}, of_mean)
     amortization = _side(lines, {own: 1, elbo: -1}, of_mean)
@@ -204,7 +211,7 @@ def _decide(
             return Verdict("inconclusive", "the certificate", _NEXT["certificate"])
         if gap.value[n] + gap.limit[n] < TIGHT:
             return Verdict("tight", "", _NEXT["tight"])
-        if amortization.below[n] or (lead.below[n] and unconverged[n]):
+        if worse[n] or amortization.below[n] or (lead.below[n] and unconverged[n]):
             return Verdict("optimiser", "", _NEXT["optimiser"])
         if lead.above[n]:
             return Verdict("amortization", "", _NEXT["amortization"])

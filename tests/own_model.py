@@ -39,6 +39,31 @@ def of_images():
     return infsub.Model(2, encode, log_likelihood), 0.1 * jnp.ones(2)
 
 
+def correlated():
+    """q is the posterior itself, whose covariance is not diagonal."""
+    return MODEL._replace(encode=lambda params, x: KNOWN.exact_gaussian(x)), KNOWN, data()
+
+
+def drawn():
+    """Of q there are draws and their density, and no more is known of it."""
+
+    def encode(params, x):
+        q = MODEL.encode(params, x)
+
+        def sampler(key):
+            z = q.mean + q.scale * jax.random.normal(key, q.mean.shape)
+            return z, infsub.densities.normal(z, *q)
+
+        return sampler
+
+    return MODEL._replace(encode=encode), KNOWN, 1 + data()
+
+
+def closed():
+    """Its weights are in its functions alone."""
+    return MODEL, None, data()
+
+
 def nothing():
     return 3
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 
 import infsub
 from infsub import config as configs
-from infsub import files, imported, main
+from infsub import evaluate, files, imported, main, records
 from infsub.types import UserError
 
 HERE = Path(__file__).parent
@@ -76,6 +77,47 @@ def test_it_is_reported(workdir):
     assert "4 values, mean" in (workdir / "report.html").read_text()
 
 
+@pytest.mark.parametrize(
+    ("name", "stated", "own"),
+    [
+        ("build", "gaussian", "gaussian"),
+        ("correlated", "gaussian", "full_gaussian"),
+        ("drawn", "gaussian", ""),
+        ("drawn", "planar", "planar"),
+    ],
+)
+def test_the_family_is_the_encoders_own(workdir, tmp_path, name, stated, own):
+    """A Gaussian says it itself; of draws the config says it, and its default says nothing."""
+    config = small(f"own_model:{name}").unlock()
+    config.model.posterior = {"name": stated}
+    source = evaluate._theirs(config, jax.random.key(0))
+    assert source.own == own
+    copy = shutil.copytree(workdir, tmp_path / "run")
+    found = files.read_json(copy / "evaluation.json")
+    files.write_json(copy / "evaluation.json", found | {records.OWN: own})
+    shown = infsub.load(copy)
+    assert shown.run.settings["model.posterior.name"] == own
+    assert any("was not optimised locally" in note for note in shown.notes) == (own != "gaussian")
+
+
+def test_its_data_are_its_own(workdir, tmp_path):
+    """Not the config's, and other xs of the same function are other data."""
+    shown = infsub.load(workdir)
+    assert not any(name.startswith("data") for name in shown.run.settings)
+    assert "seed=0" in shown.table("latex")
+    assert (
+        "mnist"
+        not in shown.table("latex") + shown.table("csv") + (workdir / "table.md").read_text()
+    )
+    measured = imported.digest(own_model.data())
+    assert shown.run.data.startswith(measured)
+    copy = shutil.copytree(workdir, tmp_path / "run")
+    found = files.read_json(copy / "evaluation.json")
+    files.write_json(copy / "evaluation.json", found | {records.DATA: "others"})
+    beside = infsub.compare({"a": shown, "b": infsub.load(copy)})
+    assert beside.differences == {}
+
+
 def test_other_weights_do_not_mix(workdir):
     """Nor does another checkpoint take another run's folder."""
     config = small().unlock()
@@ -103,6 +145,11 @@ def test_it_may_be_of_our_data(tmp_path):
         ("no_module:build", {}, "failed: ModuleNotFoundError: No module named 'no_module'"),
         ("own_model:no_function", {}, "failed: AttributeError"),
         ("own_model:nothing", {}, r"must return \(infsub.Model, params\).*it returned int"),
+        (
+            "own_model:closed",
+            {},
+            "returned params without an array.*: return the weights as params",
+        ),
         ("own_model:torn", {}, r"labels must have shape \[9\]; got \(2,\)"),
         ("own_model", {}, "must be MODULE:FUNCTION"),
         ("own_model:of_images", {}, "bdmc.num_points needs a model that simulates"),

@@ -152,6 +152,17 @@ def test_what_is_finite_nowhere_is_said_and_kept(measured, tmp_path):
     again = infsub.load(found.save(tmp_path / "lost"))
     assert str(again) == str(found)
     assert len(again.xs) == N
+    beside = infsub.compare({"A": measured, "B": found})
+    for text in (str(beside), beside._repr_markdown_()):
+        assert text == f"A:\n{measured}\n\nB:\n{found}"
+
+
+def test_a_datapoint_may_have_no_label(measured, tmp_path):
+    first = {name: value for name, value in measured.rows[0].items() if name != "label"}
+    labelled = [row | {"label": "a"} for row in measured.rows[1:]]
+    found = infsub.Measurement([first, *labelled], config=measured.config)
+    assert found.columns["label"].tolist() == [None, *["a"] * (N - 1)]
+    assert ">None<" not in found.page(tmp_path / "page.html").read_text()
 
 
 def test_models_side_by_side(measured, xs):
@@ -234,6 +245,8 @@ def test_mistakes_are_told_in_a_sentence(xs):
         measure(MODEL._replace(sample_x=None), num_certified=2)
     with pytest.raises(ValueError, match=r"labels must have shape \[N=12\]"):
         measure(labels=[1, 2])
+    with pytest.raises(ValueError, match="images must be N=12; got 13"):
+        measure(images=np.zeros((13, 8, 8)))
     with pytest.raises(ValueError, match="12 different integers"):
         measure(indices=np.zeros(12, int))
     with pytest.raises(ValueError, match="unknown posterior 'gauss'"):

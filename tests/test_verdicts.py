@@ -143,7 +143,8 @@ DEFAULT = {"elbo": -3.0, "local_gaussian": -2.0, "ais": -1.9}
 FULL = {"local_full_gaussian": -1.2, "ais": -1.0}
 
 
-def judged(certificate=None, error=0.01, **bounds):
+def judged(certificate=None, error=0.01, spoilt=None, number=0, **bounds):
+    """spoilt: other bounds of the first `number` datapoints."""
     bounds = DEFAULT | bounds
     noise = 0.001 * np.random.default_rng(0).normal(size=12)
     made = [
@@ -156,6 +157,8 @@ def judged(certificate=None, error=0.01, **bounds):
         for name in ("ais_ess", "local_gaussian_converged", "local_full_gaussian_converged"):
             if name in bounds:
                 row[name] = bounds[name]
+    for row in made[:number]:
+        row |= spoilt or {}
     parsed = rows.parse(made)
     if certificate is not None:
         values = np.full(5, certificate)
@@ -198,6 +201,17 @@ def test_every_rule(bounds, want):
     found = judged(**bounds)
     assert str(found.model) == want
     assert verdicts.count(found.points) == {want: 12}
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "of_one"),
+    [({"local_gaussian": -3.5}, "optimiser"), ({"ais": -3.5}, "inconclusive (log p̂)")],
+)
+def test_what_is_wrong_at_a_tenth_of_the_datapoints_is_of_the_model(spoilt, of_one):
+    for number, of_model in ((1, "amortization"), (3, of_one)):
+        found = judged(spoilt=spoilt, number=number)
+        assert verdicts.count(found.points) == {"amortization": 12 - number, of_one: number}
+        assert str(found.model) == of_model
 
 
 def test_a_large_error_at_a_datapoint_is_inconclusive_there_alone():

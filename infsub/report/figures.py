@@ -76,7 +76,7 @@ def gap_figure(runs: Sequence[LoadedRun]) -> Figure:
     name = LINE if len(runs) > 1 else 0.0  # the height of a run's name
     on: dict[str, list[LoadedRun]] = {}
     for run in runs:
-        on.setdefault(str(run.settings.get("data.name")), []).append(run)
+        on.setdefault(str(run.settings.get("data.name", "other data")), []).append(run)
     groups = {data: _bars(those, name) for data, those in on.items()}
     heights = [sum(bars.heights) for bars in groups.values()] + [1.0] * (len(runs) == 1)
     with mpl.rc_context(STYLE):
@@ -252,8 +252,8 @@ def _draw_datapoints(axes: Axes, run: LoadedRun) -> None:
 
 
 def seeds(runs: Sequence[LoadedRun]) -> str:
-    """The seeds of all runs, as a figure names them."""
-    return ", ".join(sorted({str(run.settings.get("seed")) for run in runs}))
+    """The seeds of all runs, as a figure names them; "" where none is known."""
+    return ", ".join(sorted({str(r.settings["seed"]) for r in runs if "seed" in r.settings}))
 
 
 def write_foot(figure: Figure, text: str) -> None:
@@ -264,11 +264,8 @@ def write_foot(figure: Figure, text: str) -> None:
 
 def footer(runs: Sequence[LoadedRun]) -> str:
     """What every figure says of its numbers."""
-    counts = sorted({len(run.indices) for run in runs})
-    data = sorted(
-        {f"{r.settings.get('data.name')} {r.settings.get('evaluate.split')}" for r in runs}
-    )
-    return (
-        f"Mean ± paired standard error over {' or '.join(map(str, counts))} datapoints of "
-        f"{', '.join(data)}; seed {seeds(runs)}."
-    )
+    counts = " or ".join(map(str, sorted({len(run.indices) for run in runs})))
+    known = [run.settings for run in runs if "data.name" in run.settings]
+    on = {f"{s['data.name']} {s.get('evaluate.split', '')}".strip() for s in known}
+    of, by = f" of {', '.join(sorted(on))}" if on else "", seeds(runs)
+    return f"Mean ± paired standard error over {counts} datapoints{of}{by and f'; seed {by}'}."

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -97,8 +97,7 @@ def _columns(run: LoadedRun) -> list[dict[str, Any]]:
     rows, found = run.measured, run.found
     columns = [_column("index", "datapoint", "", rows.indices.tolist())]
     if rows.labels is not None:
-        texts = ["" if value is None else str(value) for value in rows.labels]
-        columns.append(_column("label", "label", "", texts))
+        columns.append(_column("label", "label", "", _texts(rows.labels)))
     if run.verdicts.sentences:
         columns.append(_column("verdict", "verdict", "", list(map(str, run.verdicts.points))))
     place = {index: row for row, index in enumerate(rows.indices.tolist())}
@@ -125,6 +124,10 @@ def _columns(run: LoadedRun) -> list[dict[str, Any]]:
                 text = f"{label(name)} {short}"
                 columns.append(_column(f"{name}_{field}", text, "diagnostics", values, digits))
     return columns
+
+
+def _texts(labels: Iterable[Any]) -> list[str]:
+    return ["" if label is None else str(label) for label in labels]
 
 
 def _column(
@@ -206,9 +209,9 @@ def _labels(rows: Rows, found: gaps.Decomposition) -> str:
     """The gaps of each label, the largest first; "" where there are no labels, or too many."""
     if rows.labels is None or not found.has_gaps:
         return ""
-    at = dict(zip(rows.indices.tolist(), map(str, rows.labels), strict=True))
+    at = dict(zip(rows.indices.tolist(), _texts(rows.labels), strict=True))
     of = np.array([at[index] for index in found.indices.tolist()])
-    names = np.unique(of)
+    names = np.unique(of[of != ""])
     if not 1 < len(names) <= _MAX_LABELS:
         return ""
     own = found.families[0]

@@ -118,10 +118,10 @@ def _draw_density(
 
 
 def _levels(truth: np.ndarray) -> list[float]:
-    """The densities on the borders of the smallest regions that hold MASSES."""
+    """The densities on the borders of the smallest regions that hold MASSES, ascending."""
     ordered = np.sort(truth.ravel())[::-1]
     held = np.cumsum(ordered) / np.sum(ordered)
-    return [float(ordered[np.searchsorted(held, mass)]) for mass in MASSES]
+    return sorted({float(ordered[np.searchsorted(held, mass)]) for mass in MASSES})
 
 
 def _smoothed(density: np.ndarray) -> np.ndarray:

@@ -162,9 +162,23 @@ def read_folder(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]
     identified = document.get("identified")
     known = identified if isinstance(identified, dict) else {}
     identity = known.get("data identity", document["config"].get("data"))
-    # Simulated images are themselves what tells them apart.
-    data = f"{evaluation.get('images', identity)} {settings.get('evaluate.split')}"
+    # Simulated images and a user's own data are themselves what tells them apart.
+    data = f"{evaluation.get(records.DATA, identity)} {settings.get('evaluate.split')}"
+    document["config"] = _told(document, evaluation)
     return measured, certified, {"data": data, "missing": records.missing(folder)} | document
+
+
+def _told(document: dict[str, Any], evaluation: dict[str, Any]) -> dict[str, Any]:
+    """The config, of an imported model as it was found to be: its encoder's family, and whose data."""
+    config = document["config"]
+    if records.OWN in evaluation:
+        config = config | {
+            "model": config["model"] | {"posterior": {"name": evaluation[records.OWN]}}
+        }
+    if document.get("image_shape") == [0, 0, 0]:  # data of its own
+        evaluate = {name: v for name, v in config["evaluate"].items() if name != "split"}
+        config = {name: v for name, v in config.items() if name != "data"} | {"evaluate": evaluate}
+    return config
 
 
 def read_shown(folder: Path, indices: np.ndarray) -> np.ndarray | None:

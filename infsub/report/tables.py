@@ -11,7 +11,15 @@ from infsub.report.runs import LoadedRun, difference, line_names
 from infsub.rows import get, in_order, label
 
 # What a run says of itself in a caption; runs that are joined also say where they differ.
-SETTINGS = ("data", "evaluate", "model.latent_dim", "model.posterior", "seed")
+SETTINGS = (
+    "data",
+    "evaluate",
+    "model.imported",
+    "model.checkpoint",
+    "model.latent_dim",
+    "model.posterior",
+    "seed",
+)
 HEAD = ("nats", "mean", "± over datapoints", "± Monte Carlo", "95 % interval")
 COLUMNS = (
     "± over datapoints: the standard error, of a gap the paired one; ± Monte Carlo: over random "

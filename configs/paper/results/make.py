@@ -69,7 +69,8 @@ CLAIMS = """## The claims
 
 Claims of the paper, and what it asks about annealing, decoder size and test points, put as statements.
 Beyond 2 standard errors over datapoints a difference says yes or no; *not confirmed* is a no, *unclear* is
-neither, or yes and no. Where one seed of training is named, another may say otherwise."""
+neither, or yes and no; of what happens *often* more than half of the differences decide. Where one seed of
+training is named, another may say otherwise."""
 REPRODUCTION = """## The reproduction's own model
 
 The PyTorch reproduction of the paper published the weights of its FFG model of MNIST, and the 100 training
