@@ -19,7 +19,7 @@ import numpy as np
 
 from infsub import compilations, data, files, locks, processes, records, signals
 from infsub import config as configs
-from infsub.checkpoints import load_variables
+from infsub.checkpoints import WEIGHTS, load_variables
 from infsub.members import Member
 from infsub.train_step import (
     MAX_EPOCHS,
@@ -53,7 +53,7 @@ def train(config: configs.Config, workdir: str | Path, patience: float = 0.0) ->
 
     Raises:
       UserError: settings that cannot work, or a workdir that is another run's, or that another
-        process is training.
+        process is training; an init_from that is still in training.
       records.Stopped: SIGTERM or Ctrl-C, after a checkpoint; or more than config.train.max_skipped
         steps were not finite.
     """
@@ -207,7 +207,7 @@ def _job(config: configs.Config, workdir: Path, held: contextlib.ExitStack, pati
     task = make_task(vae, train, num_train)
     if not processes.is_first():
         return Job(config, workdir, dataset, task, [], began)
-    source = records.read_run(Path(config.init_from))["identity"] if config.init_from else ""
+    source = _source(Path(config.init_from)) if config.init_from else ""
     runs = configs.runs(config, workdir)
     # Last: a mistake leaves no folder behind.
     held.enter_context(locks.owned(workdir, "training", patience))
@@ -224,6 +224,17 @@ def _job(config: configs.Config, workdir: Path, held: contextlib.ExitStack, pati
     keep_every = train.keep_every * task.steps_per_epoch
     members = [Member(each, folder, keep_every) for each, folder in runs]
     return Job(config, workdir, dataset, task, members, began)
+
+
+def _source(folder: Path) -> str:
+    """The identity of the run whose weights another one starts from."""
+    run = records.read_run(folder)
+    if not any((folder / name).exists() for name in ("summary.json", WEIGHTS)):
+        raise UserError(
+            f"config.init_from={folder} is not trained to its end, and its weights may be others by "
+            "tomorrow: the command that trains it goes on."
+        )
+    return run["identity"]
 
 
 def _restore(job: Job) -> tuple[Inputs, State]:

@@ -46,7 +46,7 @@ def test_the_second_process_is_told_who_holds_it_at_once(tmp_path, other):
     start = time.monotonic()
     with pytest.raises(UserError) as refusal, locks.owned(tmp_path, "training"):
         pass
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 5
     found = re.search(r"process (\d+) on (\S+) since .* \((.*)\): wait", str(refusal.value))
     assert found
     assert (int(found[1]), found[2]) == (other.pid, os.uname().nodename)
@@ -161,10 +161,9 @@ def test_of_two_hosts_that_start_at_once_the_last_to_say_so_owns(tmp_path, monke
     monkeypatch.setenv("SLURM_JOB_ID", "1")
     monkeypatch.setattr(locks, "PRESUMED_DEAD", 0.0)  # it is not waited for
     monkeypatch.setattr(locks, "SIGN_OF_LIFE", 0.0)
-    monkeypatch.setattr(locks, "CONFIRMED", 0.3)
     note = tmp_path / ".training.json"
     other = {"host": "elsewhere", "pid": 7, "since": "noon", "command": "infsub"}
-    threading.Timer(0.1, files.write_json, (note, other)).start()
+    monkeypatch.setattr(time, "sleep", lambda _: files.write_json(note, other))  # meanwhile
     with pytest.raises(UserError, match="process 7 on elsewhere"):
         locks.owned(tmp_path, "training").__enter__()
     assert json.loads(note.read_text()) == other  # it is the other's, and stays
