@@ -31,6 +31,14 @@ settings.register_profile("same", derandomize=True, deadline=None, database=None
 settings.load_profile("same")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """XLA optimises little while modules are imported too; xdist's controller imports none."""
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        import jax  # not before the variables above are set
+
+        jax.config.update("jax_disable_most_optimizations", True)
+
+
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """The folder of real data and oracles beside the checkout; the test skips where there is none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,9 +81,15 @@ class LinearGaussian(NamedTuple):
 
 def linear_gaussian(latent_dim: int, data_dim: int, noise: float = 0.5) -> LinearGaussian:
     """A fixed model with correlated posteriors."""
+    weight, bias = _normals(latent_dim, data_dim)
+    weight = np.asarray(weight) * (1 / np.sqrt(data_dim, dtype=weight.dtype))
+    return LinearGaussian(jnp.asarray(weight), bias, jnp.asarray(noise))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _normals(latent_dim, data_dim):
     key_w, key_b = jax.random.split(jax.random.key(latent_dim))
-    weight = jax.random.normal(key_w, (data_dim, latent_dim)) / np.sqrt(data_dim)
-    return LinearGaussian(weight, jax.random.normal(key_b, (data_dim,)), jnp.asarray(noise))
+    return jax.random.normal(key_w, (data_dim, latent_dim)), jax.random.normal(key_b, (data_dim,))
 
 
 def load_oracle(shared: Path):

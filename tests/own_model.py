@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,14 +19,18 @@ def data():
     return np.asarray(jax.vmap(KNOWN.simulate)(jax.random.split(jax.random.key(7), 9))[1])
 
 
-def build(checkpoint=""):
-    """With data of its own, of two classes; a checkpoint is a factor on the encoder's mean."""
-
+@functools.cache
+def scaled(factor):
     def encode(params, x):
         q = MODEL.encode(params, x)
-        return q._replace(mean=float(checkpoint or 1) * q.mean)
+        return q._replace(mean=factor * q.mean)
 
-    return MODEL._replace(encode=encode), KNOWN, data(), np.arange(9) % 2
+    return MODEL._replace(encode=encode)
+
+
+def build(checkpoint=""):
+    """With data of its own, of two classes; a checkpoint is a factor on the encoder's mean."""
+    return scaled(float(checkpoint or 1)), KNOWN, data(), np.arange(9) % 2
 
 
 def of_images():

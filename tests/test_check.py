@@ -23,8 +23,8 @@ from infsub.types import Gaussian, Model
 
 def orthogonal() -> LinearGaussian:
     model = linear_gaussian(3, 10)
-    columns, _ = jnp.linalg.qr(model.weight)
-    return model._replace(weight=columns * jnp.linspace(0.3, 1.5, 3))
+    columns, _ = np.linalg.qr(model.weight)
+    return model._replace(weight=jnp.asarray(columns * np.linspace(0.3, 1.5, 3, dtype=np.float32)))
 
 
 class Bernoulli(NamedTuple):
@@ -50,6 +50,7 @@ class Bernoulli(NamedTuple):
         return Gaussian(mean, jnp.sqrt(weights @ (z - mean) ** 2))
 
 
+@jax.jit
 def bernoulli() -> Bernoulli:
     keys = jax.random.split(jax.random.key(7), 3)
     shapes = ((8, 2), (24, 8), (24,))
@@ -57,7 +58,7 @@ def bernoulli() -> Bernoulli:
 
 
 def reversed_decoder(decoder):
-    return decoder._replace(weight=decoder.weight[::-1])
+    return decoder._replace(weight=jnp.asarray(np.asarray(decoder.weight)[::-1]))
 
 
 class Params(NamedTuple):

@@ -57,17 +57,18 @@ ESTIMATORS = {
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_an_estimator_is_lowered_for_a_gpu(name):
-    result = jax.eval_shape(ESTIMATORS[name], KEY, X)
-    assert_is_for_a_gpu(lowered(jax.jit(ESTIMATORS[name]), KEY, X), result)
+    estimator = jax.jit(ESTIMATORS[name])
+    assert_is_for_a_gpu(lowered(estimator, KEY, X), estimator.eval_shape(KEY, X))
 
 
 @pytest.mark.parametrize("family", posteriors.FAMILIES)
 def test_local_inference_is_lowered_for_a_gpu(family):
+    @jax.jit
     def found(key, x):
         posterior = posteriors.make(family, D, target=target(x))
         return infsub.optimize_local(key, target(x), posterior, start=infsub.laplace(target(x)))
 
-    assert_is_for_a_gpu(lowered(jax.jit(found), KEY, X), jax.eval_shape(found, KEY, X))
+    assert_is_for_a_gpu(lowered(found, KEY, X), found.eval_shape(KEY, X))
 
 
 @pytest.mark.parametrize("kind", ["mlp", "conv"])

@@ -17,7 +17,7 @@ import pytest
 import tiny
 from absl import flags
 
-from infsub import checkpoints, experiments, main
+from infsub import checkpoints, evaluate, experiments, main
 from infsub import config as configs
 from infsub.train import train
 
@@ -36,6 +36,14 @@ def whole(tmp_path_factory):
     """A run that is trained, evaluated as far as its files tell, and one cell of an experiment."""
     workdir = tmp_path_factory.mktemp("whole")
     train(config(), workdir)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "_write_rows", stop)  # once the folder is claimed
+        with pytest.raises(KeyboardInterrupt):
+            evaluate.evaluate(config(), workdir)
     bounds = ("elbo", "local_gaussian", "iwae", "ais")
     rows = [{"index": n, "label": n} | dict.fromkeys(bounds, -90.0 - n) for n in range(POINTS)]
     certificate = [{"index": n, "lower": -90.0, "upper": -89.0, "gap": 1.0} for n in range(POINTS)]
@@ -43,7 +51,10 @@ def whole(tmp_path_factory):
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (workdir / f"{name}.jsonl").write_text(text)
     np.savez(workdir / "posteriors.npz", **arrays())
+    written = [workdir / name for name in ("rows.jsonl", "bdmc.jsonl", "posteriors.npz")]
+    before = [path.read_bytes() for path in written]
     assert run(workdir, "evaluate")[0] == 0
+    assert [path.read_bytes() for path in written] == before  # nothing was left to compute
     (workdir / "seen").mkdir()
     cell = {"state": "done", "run": "runs/a", "evaluation": "train-b"}
     (workdir / "seen/cells.json").write_text(json.dumps({"a": cell}))

@@ -18,12 +18,12 @@ from infsub.types import UserError
 pytestmark = pytest.mark.usefixtures("small_pictures")
 
 DEFAULT = dict(configs.flatten(configs.default()))
-SMALL = tiny.measured(per_class=0, first=4, grid=0, bdmc={"num_points": 4})
+SMALL = tiny.measured(per_class=0, first=5, grid=0, bdmc={"num_points": 5})
 TINY = {n: value for n, value in configs.flatten(SMALL) if value != DEFAULT[n]}
 FROZEN = {"init_from": "@a", "init_parts": "decoder", "train.freeze": "decoder"}
 CELLS = {
     "a": {"evaluate.grid": 40},
-    "user": FROZEN | {"model.posterior.name": "planar"},
+    "user": FROZEN | {"model.posterior.name": "planar", "evaluate.bdmc.num_points": 0},
 }
 
 
@@ -72,7 +72,7 @@ def test_it_mirrors_the_workdir(workdir, out):
         ("e", cell, "smoke", 0) for cell in sorted(CELLS)
     ]
     for cell in found:
-        assert cell.facts["points"] == 4
+        assert cell.facts["points"] == 5
         assert cell.facts["epochs"] == 2
         assert cell.facts["date"].startswith("20")
         assert cell.facts["machine"]

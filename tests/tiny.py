@@ -30,10 +30,10 @@ def measured(**fields: Any) -> Config:
     config = get_config()
     config.train.num_epochs = 2
     config.evaluate.update(
-        {"per_class": 1, "block_size": 4, "elbo_samples": 20, "iwae_samples": 50, "grid": 40}
+        {"per_class": 1, "block_size": 5, "elbo_samples": 20, "iwae_samples": 50, "grid": 40}
     )
     config.evaluate.ais.update({"num_chains": 4, "num_temperatures": 5, "num_leapfrog": 2})
     config.evaluate.local.max_steps = 100
-    config.evaluate.bdmc.num_points = 8
+    config.evaluate.bdmc.num_points = 10
     config.evaluate.update(fields)
     return config
