@@ -6,6 +6,7 @@ measuring run keeps them frozen. So its kernels leave π_β invariant and E[w] =
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,10 +15,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 
 from infsub import densities, hmc, linalg
-from infsub.bounds import log_joint, log_likelihood, log_mean_exp
+from infsub.bounds import as_wide_as, log_joint, log_likelihood, log_mean_exp
 from infsub.samplers import as_sampler
 from infsub.schedules import equal_distances, schedule_betas, smooth
 from infsub.types import Array, Estimate, Gaussian, Key, Target, positive_int
@@ -120,6 +122,8 @@ def geometric_path(
 ) -> tuple[hmc.Path, Gaussian, Gaussian | None]:
     """π_β ∝ q^{1−β} p(x, z)^β, its base and its frame, as in `Annealing`; None starts at N(0, I).
 
+    They are of q's type, or of log p(x, z)'s where that is wider.
+
     Raises:
       ValueError: q is None but the target has a prior of its own, or the shapes don't match.
     """
@@ -139,6 +143,7 @@ def geometric_path(
             f"q must have mean and scale of shape [{dim}], the target's latent_dim (a Cholesky "
             f"factor is [{dim}, {dim}]); got {mean} and {scale}"
         )
+    q = as_wide_as(target, q)
     if len(scale) == 1:
         log_base = Partial(densities.normal, mean=q.mean, scale=q.scale)
         return hmc.Path(log_base, Partial(_log_ratio, target, log_base)), q, None
@@ -333,6 +338,10 @@ def checked_settings(
     if adaptation not in ADAPTATIONS:
         raise ValueError(f"adaptation must be one of {', '.join(ADAPTATIONS)}; got {adaptation!r}")
     if step_size is not None:
+        if adaptation == "authors":
+            raise ValueError(
+                'adaptation="authors" finds the step sizes while it measures, and needs step_size=None'
+            )
         adaptation = "none"
     betas = schedule_betas(schedule, num_temperatures)
     adaptive = isinstance(schedule, str) and schedule == "adaptive"
@@ -341,11 +350,18 @@ def checked_settings(
             'schedule="adaptive" is chosen by the pilot run, which needs adaptation="pilot" and '
             "step_size=None"
         )
-    step_size = jnp.asarray(_FIRST_STEP_SIZE if step_size is None else step_size)
+    given = _FIRST_STEP_SIZE if step_size is None else step_size
+    step_size = jnp.asarray(given)
     if step_size.shape not in ((), (betas.size - 1,)):
         raise ValueError(
             f"step_size must be a number or an array [T={betas.size - 1}]; got shape {step_size.shape}"
         )
+    # As of a schedule, the values are not known inside the caller's jit.
+    with contextlib.suppress(jax.errors.TracerArrayConversionError):
+        values = np.asarray(given)
+        if not np.all((values > 0) & (values < np.inf)):
+            shown = np.array2string(values, threshold=6, edgeitems=2)
+            raise ValueError(f"step_size must be positive and finite; got {shown}")
     return Settings(
         betas,
         step_size,
@@ -405,7 +421,7 @@ def ais(
         top (at most 8 chains over 25 temperatures); "authors" adapts each chain's while it measures,
         as the paper's code does, for comparison: its weights are not exactly unbiased.
       step_size: [] or [T], in units of q's scale: frozen as given, no pilot; a transition takes its
-        own share of it, drawn from 0.3 to 1, as of the pilot's.
+        own share of it, drawn from 0.3 to 1, as of the pilot's. Not for adaptation="authors".
 
     Returns:
       Estimate in nats with log_weights [K] and the mean acceptance.

@@ -23,6 +23,7 @@ from infsub.ais import (
     prepare,
 )
 from infsub.bounds import log_mean_exp
+from infsub.samplers import promoted
 from infsub.types import Array, Estimate, Gaussian, Key, Target
 
 
@@ -45,6 +46,7 @@ class BDMC(NamedTuple):
 
 def reverse(key: Key, annealing: Annealing, z: Array, settings: Settings) -> Estimate:
     """The kernels of `ais.forward` from p(x, z) down to the base, chains starting at z [D]."""
+    z = promoted(z, annealing.base)
     z = jnp.broadcast_to(from_z(annealing.frame, z), (settings.num_chains, *z.shape))
     tuner = frozen(annealing.step_sizes)
     log_weights, info, _ = anneal(key, annealing, z, tuner, settings.num_leapfrog, reverse=True)

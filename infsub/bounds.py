@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from infsub import densities
-from infsub.samplers import as_sampler, draw
+from infsub.samplers import T, as_sampler, draw, promoted
 from infsub.types import (
     Estimate,
     Gaussian,
@@ -62,6 +62,13 @@ def log_likelihood_of_outputs(target: Target, outputs: Any) -> Scalar:
 def log_joint(target: Target, z: Vector) -> Scalar:
     """log p(x, z) = log p(z) + log p(x|z), z [D] -> []."""
     return log_prior(target, z) + log_likelihood(target, z)
+
+
+def as_wide_as(target: Target, values: T) -> T:
+    """`values`, a z or a Gaussian, of the type that log p(x, z) has at them; float32 at least."""
+    values = promoted(values)
+    z = jax.ShapeDtypeStruct((target.latent_dim,), jax.tree.leaves(values)[0].dtype)
+    return promoted(values, jax.eval_shape(log_joint, target, z))
 
 
 def log_weight(key: Key, target: Target, q: Sampler) -> Scalar:

@@ -22,7 +22,8 @@ from infsub.types import Array, Gaussian, Key, Sampler, Target, positive_int
 
 _REACH = 8.0  # the search begins in [−8, 8]²
 _TAIL = 1e-5  # of the posterior's mass, may lie beyond each side of the window
-_NUM_ZOOMS = 3  # to find a posterior outside or narrower than a cell, and then its width
+_NUM_ZOOMS = 3  # to find a posterior narrower than a cell, and then its width
+_MAX_STEPS = 20  # zooms, and growths where it lies outside: then the window spans a million
 _SPREAD = 0.01  # of a sampler's mass, may lie beyond each side of the window that covers it
 _CHUNK_SIZE = 1000  # samples at a time
 
@@ -45,7 +46,8 @@ class Quadrature(NamedTuple):
     Attributes:
       log_px: [], in nats.
       error: [], by how much half of the cells, as on a chessboard, say otherwise: far above the
-        whole grid's error, for that falls as its square.
+        whole grid's error, for that falls as its square. +inf where there is mass at the border,
+        for nobody knows how much lies beyond.
     """
 
     log_px: Array
@@ -69,31 +71,60 @@ def log_joint_of_cells(target: Target, window: Window, num_cells: int) -> Array:
 def find_window(target: Target, num_cells: int) -> Window:
     """The square around all of the posterior but 1e-5 of its mass on each side.
 
+    It grows from [−8, 8]² until no side has mass at its border, and then narrows; where that does not
+    come to an end, `integrate` says so.
+
     Raises ValueError when z is no plane or num_cells is not a positive integer.
     """
     positive_int("num_cells", num_cells)
     if target.latent_dim != 2:
         raise ValueError(f"a grid needs latent_dim=2, a plane; got {target.latent_dim}")
 
-    def step(_: int, window: Window) -> Window:
-        return zoom(window, log_joint_of_cells(target, window, num_cells), _TAIL)
+    # By whole cells, so nothing of the window has a gradient; nor has a while_loop one in reverse.
+    fixed = jax.lax.stop_gradient(target)
+
+    def step(carry: tuple[Window, Array, Array]) -> tuple[Window, Array, Array]:
+        window, zooms, steps = carry
+        values = log_joint_of_cells(fixed, window, num_cells)
+        return zoom(window, values, _TAIL), zooms + ~_cut_off(values), steps + 1
+
+    def unfinished(carry: tuple[Window, Array, Array]) -> Array:
+        _, zooms, steps = carry
+        return (zooms < _NUM_ZOOMS) & (steps < _MAX_STEPS)
 
     start = Window(jnp.full(2, -_REACH), jnp.asarray(2 * _REACH))
-    return jax.lax.fori_loop(0, _NUM_ZOOMS, step, start)
+    none = jnp.zeros((), int)
+    return jax.lax.while_loop(unfinished, step, (start, none, none))[0]
 
 
 def zoom(window: Window, values: Array, tail: float) -> Window:
-    """The square around all of exp(values) but a share `tail` on each side, values [G, G]."""
+    """The square around all of exp(values) but a share `tail` on each side, values [G, G].
+
+    Where a side has mass at its border there may be more beyond: the window grows there by itself, and
+    is cut nowhere, for of the whole mass nothing is known yet.
+    """
+    empty = _empty(values, tail)
+    at_border = empty == 0
+    # A cell more, for the mass of a narrow posterior may lie anywhere in its cell or the next.
+    cut = jnp.where(jnp.any(at_border), jnp.where(at_border, -len(values), 0), empty - 1)
+    below, above = cut
+    cell = window.width / len(values)
+    return _square(window.low + cell * below, window.low + cell * (len(values) - above))
+
+
+def _empty(values: Array, tail: float) -> Array:
+    """How many rows of cells hold a share less than `tail` together, from below and above, [2, 2]."""
     mass = jnp.exp(values - jnp.max(values))
     sides = jnp.stack([jnp.sum(mass, axis=1), jnp.sum(mass, axis=0)])  # marginals [2, G]
     limit = tail * jnp.sum(mass)
-    below = jnp.sum(jnp.cumsum(sides, axis=1) < limit, axis=1)
-    above = jnp.sum(jnp.cumsum(sides[:, ::-1], axis=1) < limit, axis=1)
-    # A cell more, for the mass of a narrow posterior may lie anywhere in its cell or the next; half
-    # a window more where there is mass at the border, for there may be more beyond.
-    below, above = (n - jnp.where(n == 0, len(values) // 2, 1) for n in (below, above))
-    cell = window.width / len(values)
-    return _square(window.low + cell * below, window.low + cell * (len(values) - above))
+    return jnp.stack(
+        [jnp.sum(jnp.cumsum(s, axis=1) < limit, axis=1) for s in (sides, sides[:, ::-1])]
+    )
+
+
+def _cut_off(values: Array) -> Array:
+    """Whether a side has mass at its border, []; so has what is not finite."""
+    return jnp.any(_empty(values, _TAIL) == 0)
 
 
 def cover(window: Window, z: Array) -> Window:
@@ -113,7 +144,7 @@ def integrate(values: Array, window: Window) -> Quadrature:
     total = bounds.log_sum_exp(values.ravel()) + log_cell
     white = jnp.sum(jnp.indices(values.shape), axis=0) % 2 == 0
     half = bounds.log_sum_exp(jnp.where(white, values, -jnp.inf).ravel()) + log_cell + math.log(2)
-    return Quadrature(total, jnp.abs(total - half))
+    return Quadrature(total, jnp.where(_cut_off(values), jnp.inf, jnp.abs(total - half)))
 
 
 @partial(jax.jit, static_argnames="num_cells")

@@ -17,6 +17,7 @@ from jax.flatten_util import ravel_pytree
 
 from infsub import densities, linalg
 from infsub.bounds import log_joint, log_likelihood_of_outputs
+from infsub.samplers import promoted
 from infsub.types import Array, Gaussian, Target, positive_int
 
 _MAX_FULL = (
@@ -130,7 +131,7 @@ def laplace_with_info(
         positive_int("num_adam", num_adam)
     if start is None:
         start = jnp.zeros(dim)
-    starts = start.mean if isinstance(start, Gaussian) else jnp.asarray(start)
+    starts = promoted(start.mean if isinstance(start, Gaussian) else jnp.asarray(start))
     if starts.ndim not in (1, 2) or starts.shape[-1] != dim or not starts.size:
         raise ValueError(
             f"start must be z [D={dim}], a Gaussian, or several z [S, D={dim}]; got shape {starts.shape}"

@@ -222,6 +222,9 @@ def optimize_local(
         start = posteriors.moment_matched(key_moments, start)
     if start is not None:
         densities.check_gaussian(start)
+        start = bounds.as_wide_as(target, start)
+        if start.scale.ndim == 2:
+            start = start._replace(scale=jnp.tril(start.scale))
     if rule in ("fast", "thorough") and posterior.natural is not None:
         rule = _NATURAL if start is None or posterior.place is not None else _NATURAL_NEAR
     elif rule == "fast" and posterior.place is not None and start is not None:
@@ -229,7 +232,7 @@ def optimize_local(
         rule = _PLACED if placed else rule
     rule = _checked_rule(rule, changes)
     num_steps, wide = jnp.zeros((), int), None
-    if start is not None:
+    if isinstance(start, Gaussian):  # which it is now, if it is given
         key_init, key_fit = jax.random.split(key_init)
         if posterior.natural is None and not fitted:
             dense = posterior.place is not None

@@ -27,7 +27,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from infsub import densities, flows, linalg
-from infsub.samplers import as_sampler
+from infsub.samplers import as_sampler, promoted
 from infsub.types import (
     Array,
     Gaussian,
@@ -116,6 +116,7 @@ def with_gaussian(params: Params, q: Gaussian) -> Params:
 
     `full_gaussian` takes q's Cholesky factor; of a dense q the others take its `factorised`.
     """
+    params, q = promoted((params, q))
     encoded = params["encoded"]
     if "lower" in encoded:
         cholesky = q.scale if jnp.ndim(q.scale) == 2 else jnp.diag(q.scale)
@@ -132,8 +133,10 @@ def start(key: Key, posterior: Posterior, q: Gaussian) -> Params:
     Of the families here `full_gaussian`, `rnvp` and `auxiliary` can be any Gaussian, `sylvester`
     nearly, `gaussian` and the base of the others any factorised one.
     """
-    params = posterior.init(key)
-    if posterior.place is not None and jnp.ndim(q.scale) == 2:
+    params, q = promoted((posterior.init(key), q))
+    if q.scale.ndim == 2:
+        q = q._replace(scale=jnp.tril(q.scale))  # which `place` may multiply by
+    if posterior.place is not None and q.scale.ndim == 2:
         return posterior.place(params, q)
     return with_gaussian(params, q)
 

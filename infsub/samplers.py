@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Collection
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from infsub import densities
+from infsub.programs import Packed
 from infsub.types import Array, Gaussian, Key, Posterior, Sampler, as_partial
+
+T = TypeVar("T")
 
 _WANTED = (
     "q must be infsub.Gaussian(mean [D], scale [D]), a function key -> (z [D], log_q []), or a "
@@ -18,13 +23,25 @@ _WANTED = (
 )
 
 
+def promoted(values: T, *others: Any) -> T:
+    """`values`, such as a Gaussian or a z, as arrays of one type: theirs and the `others`', float32 at least.
+
+    In bfloat16 a bound would be computed as roughly, integers have no gradient, and the carry of a scan
+    may not become wider on its way.
+    """
+    values = jax.tree.map(jnp.asarray, values)
+    dtype = jnp.result_type(jnp.float32, *jax.tree.leaves((values, others)))
+    return jax.tree.map(lambda a: a.astype(dtype), values)
+
+
 def as_sampler(q: Gaussian | Sampler | Any) -> Partial:
-    """`q` as a function key -> (z [D], log_q []), its arrays all arguments.
+    """`q` as a function key -> (z [D], log_q []), its arrays all arguments; a Gaussian's float32 at least.
 
     q may be a distribution object: one with sample_and_log_prob(seed=…), such as distrax's, with
-    TFP's experimental_sample_and_log_prob, or with NumPyro's sample(key) and log_prob(z). It is of
-    the whole z: of D independent coordinates make one, as with NumPyro's `to_event(1)`. Make it
-    inside the function of one datapoint, for most such objects do not go through vmap.
+    TFP's experimental_sample_and_log_prob, or with NumPyro's and FlowJAX's sample(key) and log_prob(z).
+    It is of the whole z: of D independent coordinates make one, as with NumPyro's `to_event(1)`. Make it
+    inside the function of one datapoint, for most such objects do not go through vmap; one that is no
+    pytree compiles anew in each call outside.
 
     Raises:
       TypeError: q is none of these.
@@ -32,12 +49,13 @@ def as_sampler(q: Gaussian | Sampler | Any) -> Partial:
     """
     if isinstance(q, Gaussian):
         densities.check_gaussian(q)
-        return Partial(densities.sample_gaussian, q=q)
+        return Partial(densities.sample_gaussian, q=promoted(q))
     if isinstance(q, Posterior):
         raise TypeError(
             f"{_WANTED}a Posterior, which samples by params: write posteriors.sampler(posterior, params)"
         )
-    if hasattr(q, "sample_and_log_prob"):
+    # FlowJAX's has the key in another place, and draws as NumPyro's objects do.
+    if "seed" in _parameters(getattr(q, "sample_and_log_prob", None)):
         return _bound(_sample_object, q)
     if hasattr(q, "experimental_sample_and_log_prob"):
         return _bound(_sample_tfp, q)
@@ -73,10 +91,21 @@ def draw(q: Sampler, key: Key, latent_dim: int) -> tuple[Array, Array]:
     return z, log_q
 
 
+def _parameters(method: Any) -> Collection[str]:
+    """The names of a method's parameters; none where there is no method."""
+    return () if method is None else inspect.signature(method).parameters
+
+
 def _bound(sample: Any, q: Any) -> Partial:
-    """`sample` with q bound as arguments; q itself where it is no pytree, and can be none."""
-    opaque = any(leaf is q for leaf in jax.tree.leaves(q))
-    return Partial(partial(sample, q)) if opaque else Partial(sample, q)
+    """`sample` with q bound, its arrays as arguments; q itself where it is no pytree, and may change."""
+    if any(leaf is q for leaf in jax.tree.leaves(q)):
+        return Partial(partial(sample, q))
+    return Partial(_sample_packed, Packed((sample, q)))
+
+
+def _sample_packed(packed: Packed, key: Key) -> tuple[Array, Array]:
+    sample, q = packed.tree
+    return sample(q, key)
 
 
 def _sample_object(q: Any, key: Key) -> tuple[Array, Array]:

@@ -373,8 +373,8 @@ def validate(
 
     Returns:
       {"elbo", "iwae" (of K samples), "log_likelihood", "kl": means over the split, [S]; "elbo_se",
-      "iwae_se": over datapoints; "active_units": of the base Gaussian's means, var > 0.01 (Burda et
-      al. 2016, sec. 5.2)}. NaN when a datapoint's is not finite.
+      "iwae_se": over datapoints, NaN of one; "active_units": of the base Gaussian's means, var > 0.01
+      (Burda et al. 2016, sec. 5.2)}. NaN when a datapoint's is not finite.
     """
     size = images.values.shape[0]
 
@@ -392,7 +392,7 @@ def validate(
             return values, posteriors.gaussian_of(vae.encode(variables, x)).mean
 
         values, means = jax.lax.map(of_one_datapoint, jnp.arange(size), batch_size=100)
-        errors = {f"{n}_se": jnp.std(values[n]) / math.sqrt(size) for n in ("elbo", "iwae")}
+        errors = {f"{n}_se": jnp.std(values[n], ddof=1) / math.sqrt(size) for n in ("elbo", "iwae")}
         active = jnp.sum(jnp.var(means, axis=0) > ACTIVE)
         return jax.tree.map(jnp.mean, values) | errors | {"active_units": active}
 

@@ -325,6 +325,14 @@ def test_an_explicit_schedule_is_the_named_one():
         ({"adaptation": "nuts"}, "adaptation must be one of pilot, authors; got 'nuts'"),
         ({"step_size": [0.1, 0.2]}, r"step_size must be a number or an array \[T=100\]"),
         ({"schedule": "adaptive", "step_size": 0.1}, "chosen by the pilot run"),
+        ({"adaptation": "authors", "step_size": 0.02}, "needs step_size=None"),
+        ({"step_size": -0.1}, "step_size must be positive and finite; got -0.1"),
+        (
+            {"step_size": [0.1, 0.0], "num_temperatures": 2},
+            r"positive and finite; got \[0.1 0. \]",
+        ),
+        ({"step_size": jnp.nan}, "step_size must be positive and finite; got nan"),
+        ({"step_size": np.inf}, "step_size must be positive and finite; got inf"),
         ({"q": Gaussian(jnp.zeros(2), jnp.ones(2))}, r"q must have mean and scale of shape \[3\]"),
         ({"q": Gaussian(jnp.zeros(3), jnp.ones((3, 2)))}, r"a Cholesky factor is \[3, 3\]"),
     ],
@@ -333,6 +341,36 @@ def test_bad_arguments_are_named(arguments, message):
     target = Target(None, lambda z: jnp.sum(z), 3)
     with pytest.raises(ValueError, match=message):
         infsub.ais(jax.random.key(0), target, **arguments)
+
+
+def test_a_step_size_may_be_traced():
+    target = Target(None, lambda z: jnp.sum(z), 3)
+    jax.eval_shape(lambda s: infsub.ais(jax.random.key(0), target, step_size=s), 0.1)
+
+
+@pytest.mark.parametrize(("dtype", "narrow"), [("float32", "bfloat16"), ("float64", "float32")])
+def test_a_q_of_fewer_digits_is_that_q(dtype, narrow):
+    """It is computed with as the target is: the same bounds as of the same numbers in the wider type."""
+    with jax.enable_x64(dtype == "float64"):
+        model = exact_model(4, dtype)
+        z, x = model.simulate(jax.random.key(1))
+        target, rounded = (
+            model.target(x),
+            jax.tree.map(lambda a: a.astype(narrow), (z, wrong(model.best_gaussian(x)))),
+        )
+
+        @jax.jit
+        def estimates(z, q):
+            return (
+                infsub.ais(jax.random.key(0), target, q, 4, 5, 2),
+                infsub.reverse_ais(jax.random.key(0), target, z, q, 4, 5, 2, step_size=0.3),
+            )
+
+        found = estimates(*rounded)
+        wanted = estimates(*jax.tree.map(lambda a: a.astype(dtype), rounded))
+    for one, two in zip(found, wanted, strict=True):
+        assert one.log_px.dtype == dtype
+        np.testing.assert_allclose(one.log_weights, two.log_weights, rtol=1e-5)
 
 
 def test_a_sampler_cannot_be_annealed_from():

@@ -172,6 +172,17 @@ def test_pareto_k_of_weights_that_are_mostly_zero_warns():
     assert (np.asarray(pareto_ks(tail)) > 0.7).all()
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "int32"])
+@pytest.mark.parametrize("full", [False, True])
+def test_a_q_of_fewer_digits_is_computed_with_in_float32(dtype, full):
+    eye = jnp.eye(10) if full else jnp.ones(10)
+    q = Gaussian(MODEL.best_gaussian(X).mean.astype(dtype), eye.astype(dtype))
+    target, wide = MODEL.target(X), jax.tree.map(lambda a: a.astype("float32"), q)
+    for bound in (infsub.elbo, partial(infsub.iwae, num_samples=100)):
+        found, want = (bound(jax.random.key(0), target, q) for q in (q, wide))
+        np.testing.assert_array_equal(found.log_px, want.log_px)
+
+
 @pytest.mark.parametrize("level", [0.0, -1500.0, 3e4])
 def test_alike_weights_have_the_error_of_their_spread_at_any_level(level):
     spread = np.random.default_rng(0).normal(size=16)

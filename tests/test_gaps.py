@@ -346,18 +346,21 @@ def test_a_witness_that_finds_more_than_ais_says_so():
     assert flags[text] == [49]
 
 
-@pytest.mark.parametrize(("nats", "is_said"), [(4.6, False), (9.0, True)])
-def test_one_lucky_weight_is_no_witness_but_a_miracle_is(nats, is_said):
+@pytest.mark.parametrize(
+    ("nats", "min_ess", "is_said"),
+    [(4.6, gaps.MIN_ESS, False), (9.0, gaps.MIN_ESS, True), (4.6, 0.0, True)],
+)
+def test_one_lucky_weight_is_no_witness_but_a_miracle_is(nats, min_ess, is_said):
     """As seen: all that an IWAE of 5000 weights had was one of them, 4.6 nats above every other bound.
 
-    Of 60 datapoints one may be so lucky; e^−9 · 60 is under a hundredth.
+    Of 60 datapoints one may be so lucky; e^−9 · 60 is under a hundredth. A threshold of 0 asks for no luck.
     """
     bounds = synthetic(np.random.default_rng(9), N)
     bounds["local_gaussian_iwae"] = bounds["ais"] - 0.5
     bounds["local_gaussian_iwae"][7] += 0.5 + nats
     sigma = {name: np.full(N, 0.1) for name in bounds}
     sigma["local_gaussian_iwae"][7] = 0.99
-    flags = gaps.decompose(rows_of(bounds, sigma)).flags
+    flags = gaps.decompose(rows_of(bounds, sigma), min_ess=min_ess).flags
     assert [flag.indices for flag in flags] == [[49]] * is_said
 
 

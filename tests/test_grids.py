@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.tree_util import Partial
 from models import linear_gaussian
-from scipy.stats import multivariate_normal
+from scipy.stats import multivariate_normal, norm
 
 import infsub
 from infsub import densities, grids
@@ -66,6 +66,26 @@ def test_a_posterior_far_from_the_prior_is_found(shift):
     # N(z; 0, I) · exp(−‖z − s‖² / 2v), v = 0.01, integrates to v / (1 + v) exp(−‖s‖² / 2(1 + v)).
     want = np.log(0.01 / 1.01) - shift**2 / 1.01
     np.testing.assert_allclose(grids.log_px(target, G).log_px, want, rtol=1e-5)
+
+
+def around(mean, scale, z):
+    return densities.normal(z, mean, scale)
+
+
+@pytest.mark.parametrize("sizes", [(30.0, 5.0, 60.0), (100.0, 20.0, 150.0), (30.0, 8.0, 50.0)])
+def test_a_posterior_outside_the_first_window_is_found_whole(sizes):
+    """z ~ N(0, s²), x|z ~ N(z, l²): of the posterior a corner of the first window sees one end."""
+    width, noise, x = map(np.float32, sizes)
+    target = Target(Partial(around, 0.0, width), Partial(around, x, noise), 2)
+    found = grids.log_px(target, G)
+    want = 2 * norm.logpdf(x, scale=np.hypot(width, noise))
+    np.testing.assert_allclose(found.log_px, want, atol=1e-3)
+    assert found.error < 1e-3
+
+
+def test_a_window_that_ends_amid_the_mass_says_so():
+    flat = Target(lambda z: 0.0 * jnp.sum(z), lambda z: 0.0 * jnp.sum(z), 2)
+    assert grids.log_px(flat, G).error == np.inf
 
 
 def test_a_coarse_grid_says_so():

@@ -182,6 +182,15 @@ def test_without_a_start_it_climbs_from_0():
     np.testing.assert_allclose(same.scale, q.scale, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("start", [[1] * 10, jnp.ones(10, "bfloat16")])
+def test_a_start_of_integers_or_few_digits_is_one_of_float32(start):
+    target = MODEL.target(simulate(MODEL))
+    q, want = (infsub.laplace(target, at) for at in (start, jnp.ones(10)))
+    for one, two in zip(q, want, strict=True):
+        np.testing.assert_array_equal(one, two)
+        assert one.dtype == np.float32
+
+
 def test_a_prior_of_ones_own():
     """z ~ N(1, 0.5²) and x|z ~ N(z, 1): the posterior has precision 5."""
     x = jnp.array([0.3, 2.0])

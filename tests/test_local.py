@@ -153,6 +153,26 @@ def test_small_steps_are_for_a_flow_that_is_placed(monkeypatch):
     assert taken == [local.RULES["fast"], local._PLACED]
 
 
+def test_nobody_reads_above_the_diagonal_of_a_start(monkeypatch):
+    """Neither where it is placed nor for the width of the attempt that begins anew."""
+    taken = []
+
+    class Taken(Exception):
+        pass
+
+    def take(key, target, posterior, params, wide, rule, num_final_samples):
+        taken.append((params, wide))
+        raise Taken
+
+    monkeypatch.setattr(local, "_optimize", take)
+    target, factor = MODEL.target(jnp.zeros(MODEL.weight.shape[0])), jnp.eye(4)
+    for scale in (factor, factor + jnp.triu(jnp.full((4, 4), 9.0), 1)):
+        start = Gaussian(jnp.zeros(4), scale)
+        with pytest.raises(Taken):
+            optimize_local(jax.random.key(0), target, "rnvp", start=start, fitted=True)
+    jax.tree.map(np.testing.assert_array_equal, *taken)
+
+
 def bent(y):
     """z2 is z1² + y, up to noise: a posterior that is bent about a Gaussian's mean."""
     return Target(None, lambda z: norm.logpdf(y, z[1] - z[0] ** 2, 0.3), latent_dim=2)
@@ -307,6 +327,12 @@ def test_in_float64(xs):
         assert found.elbo.log_px.dtype == found.params["encoded"]["mean"].dtype == jnp.float64
         kl = wide[0].kl(wide[1], posteriors.gaussian_of(found.params))
         assert abs(kl - wide[0].kl(wide[1], wide[0].best_gaussian(wide[1]))) < 0.02
+        # From the same place in float32, by the same steps.
+        start = Gaussian(jnp.zeros(4, jnp.float32), jnp.ones(4, jnp.float32))
+        again = optimize_local(
+            jax.random.key(8), target, posterior, rule=local._NATURAL, start=start
+        )
+        np.testing.assert_array_equal(again.elbo.log_px, found.elbo.log_px)
 
 
 def test_mistakes_are_named(xs):

@@ -13,7 +13,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from infsub import bounds, densities, flows, posteriors
-from infsub.types import Target
+from infsub.types import Gaussian, Target
 
 OPTIONS = {
     "rnvp": {"hidden": (7,), "context_dim": 2},
@@ -260,6 +260,15 @@ def test_an_auxiliary_flow_placed_at_a_gaussian(activation):
     straight = activation in ("elu", "relu")
     np.testing.assert_allclose(weights, model.log_px(x), atol=0.05 if straight else 0.5)
     np.testing.assert_allclose(np.mean(weights), model.log_px(x), atol=2e-3 if straight else 0.02)
+
+
+def test_nobody_reads_above_the_diagonal_of_a_factor():
+    """Where LAPACK leaves what was there before."""
+    q = Gaussian(jnp.ones(4), jnp.array(np.tri(4, dtype=np.float32)))
+    spoilt = q._replace(scale=q.scale + jnp.triu(jnp.full((4, 4), 9.0), 1))
+    posterior = posteriors.auxiliary(4)
+    place = jax.jit(functools.partial(posteriors.start, jax.random.key(21), posterior))
+    jax.tree.map(np.testing.assert_array_equal, place(spoilt), place(q))
 
 
 def test_an_auxiliary_flow_without_room_is_at_the_factorised_gaussian():

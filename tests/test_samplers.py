@@ -8,8 +8,9 @@ import pytest
 from models import linear_gaussian
 
 import infsub
+from infsub import bounds, densities
 from infsub.samplers import as_sampler
-from infsub.types import Target
+from infsub.types import Gaussian, Target
 
 MODEL = linear_gaussian(3, 5)
 N = 60
@@ -100,6 +101,47 @@ def test_moments_of_a_sampler():
         found = infsub.posteriors.moment_matched(jax.random.key(3), *given, num_samples=20_000)
         np.testing.assert_allclose(found.mean, q.mean, atol=0.02)
         np.testing.assert_allclose(found.scale, q.scale, rtol=0.03)
+
+
+class Opaque:
+    """A distribution that is no pytree, and draws as a Gaussian of ours does."""
+
+    def __init__(self, q):
+        self.q = q
+
+    def sample(self, key):
+        return densities.sample_gaussian(key, self.q)[0]
+
+    def log_prob(self, z):
+        return densities.gaussian(z, self.q)
+
+
+@jax.tree_util.register_pytree_node_class
+class OfFlowJAX(Opaque):
+    """The key comes first there, and is not called seed; functions are leaves."""
+
+    def sample_and_log_prob(self, key, sample_shape=(), condition=None):
+        raise AssertionError
+
+    def tree_flatten(self):
+        return (self.q, jax.nn.elu), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(children[0])
+
+
+@pytest.mark.parametrize("make", [Opaque, OfFlowJAX])
+def test_an_object_is_what_it_is_now(make):
+    """A pytree's arrays are arguments, and its program stays; any other object may have been changed."""
+    target, made, sizes = MODEL.target(XS[0]), make(None), []
+    for q in (Gaussian(*wide(XS[0])), ours(XS[0]), ours(XS[0])):
+        want = infsub.elbo(jax.random.key(2), target, q, 20)
+        made.q, before = q, bounds._elbo._cache_size()
+        found = infsub.elbo(jax.random.key(2), target, made, 20)
+        sizes.append(bounds._elbo._cache_size() - before)
+        np.testing.assert_allclose(found.log_weights, want.log_weights, rtol=1e-5)
+    assert sizes == ([1, 0, 0] if make is OfFlowJAX else [1, 1, 1])
 
 
 def test_what_is_no_q_is_told_in_a_sentence():
