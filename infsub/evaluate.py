@@ -191,7 +191,9 @@ def _ours(config: configs.Config, workdir: Path, run: dict[str, Any], root: Key)
     if settings.split == "model":
         number = settings.first or 10 * settings.per_class
         split = subjects.simulate(stream(root, Stream.IMAGES), vae, variables, number)
-        facts[records.DATA] = hashlib.sha256(np.asarray(split.images.values).tobytes()).hexdigest()[:16]
+        facts[records.DATA] = hashlib.sha256(np.asarray(split.images.values).tobytes()).hexdigest()[
+            :16
+        ]
     else:
         split = dataset.split(settings.split)
     own = config.model.posterior.name

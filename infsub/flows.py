@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from infsub import densities, linalg
+from infsub import bounds, linalg
 from infsub.types import Array, Gaussian, Key, Matrix, Params, Target, Vector
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -403,8 +404,7 @@ def leapfrog(target: Target) -> Flow:
     w [D], the width of z; w ∘ ∇_z log p, of order 1 near the posterior, is kept within ±100. The
     volume changes by Π s, exactly.
     """
-    log_prior = target.log_prior or densities.standard_normal
-    force = jax.grad(lambda z: log_prior(z) + target.log_likelihood(z))
+    force = jax.grad(partial(bounds.log_joint, target))
 
     def step_size(params: Params) -> Array:
         return jnp.exp(soft_clip(params["log_step_size"], _GATE_LIMIT))

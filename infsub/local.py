@@ -131,8 +131,14 @@ class _Attempt(NamedTuple):
     wide: Any = False  # whether it starts wide, and only where the best so far is far from p
 
 
-def _attempts(rule: Rule, wide: bool, dtype: Any) -> _Attempt:
-    """One after the other, each field [number of attempts]; all but the wide one from the best so far."""
+_FLOATS = ("rate", "decay", "loss")
+
+
+def _numbers(rule: Rule, wide: bool) -> tuple[_Attempt, Array]:
+    """What a program takes of a rule as arguments: its attempts, and how many steps they may take in all.
+
+    One attempt after the other, each field [number of attempts]; all but the wide one from the best so far.
+    """
     attempts = [_Attempt(rule.learning_rate, rule.decay, rule.patience)]
     if rule.bold_rate:
         # In fifty dimensions its first window ends thousands of nats below, and none comes back.
@@ -140,8 +146,16 @@ def _attempts(rule: Rule, wide: bool, dtype: Any) -> _Attempt:
     if wide:
         attempts.append(_Attempt(rule.wide_rate, wide=True))
 
-    types = _Attempt(dtype, dtype, int, dtype, bool)
-    return jax.tree.map(lambda kind, *values: jnp.asarray(values, kind), types, *attempts)
+    types = _Attempt(float, float, int, float, bool)
+    stacked = jax.tree.map(lambda kind, *values: jnp.asarray(values, kind), types, *attempts)
+    return stacked, jnp.asarray(rule.max_steps)
+
+
+def _program(rule: Rule) -> Rule:
+    """What of a rule a program is compiled for: all but the `_numbers`."""
+    return rule._replace(
+        learning_rate=0.0, patience=0, max_steps=0, decay=0.0, bold_rate=0.0, wide_rate=0.0
+    )
 
 
 class LocalResult(NamedTuple):
@@ -245,7 +259,8 @@ def optimize_local(
             wide = posteriors.with_gaussian(anew, Gaussian(start.mean, widths))
     posterior, params = _checked_start(key_init, posterior, params, rule)
     num_final_samples = positive_int("num_final_samples", num_final_samples)
-    found = _optimize(key, target, posterior, params, wide, rule, num_final_samples)
+    numbers, program = _numbers(rule, wide is not None), _program(rule)
+    found = _optimize(key, target, posterior, params, wide, numbers, program, num_final_samples)
     return found._replace(num_steps=num_steps + found.num_steps)
 
 
@@ -275,7 +290,8 @@ def _best_gaussian(
     posterior = family(target.latent_dim)
     params = posteriors.start(key_init, posterior, start)
     posterior, params = _checked_start(key_init, posterior, params, rule)
-    params, num_steps, _ = _search(keys, target, posterior, params, None, rule)
+    numbers = _numbers(rule, wide=False)
+    params, num_steps, _ = _search(keys, target, posterior, params, None, numbers, _program(rule))
     return posteriors.gaussian_of(params, full=dense), num_steps
 
 
@@ -331,7 +347,7 @@ def local_curve(
     rates: Any = rule.learning_rate
     if isinstance(params, dict):
         rates = {name: rates * (shared_rate if name == "shared" else 1.0) for name in params}
-    return _curve(key, target, posterior, params, spans, rates, rule, num_samples)
+    return _curve(key, target, posterior, params, spans, rates, _program(rule), num_samples)
 
 
 def _checked_start(
@@ -502,11 +518,12 @@ def _optimize(
     posterior: Posterior,
     params: Params,
     wide: Params | None,
+    numbers: tuple[_Attempt, Array],
     rule: Rule,
     num_final_samples: int,
 ) -> LocalResult:
     *keys, key_final = jax.random.split(key, 3)
-    best, num_steps, converged = _search(keys, target, posterior, params, wide, rule)
+    best, num_steps, converged = _search(keys, target, posterior, params, wide, numbers, rule)
 
     def log_weight(key: Key) -> Array:
         return bounds.log_weight(key, target, posteriors.sampler(posterior, best))
@@ -528,6 +545,7 @@ def _search(
     posterior: Posterior,
     params: Params,
     wide: Params | None,
+    numbers: tuple[_Attempt, Array],
     rule: Rule,
 ) -> tuple[Params, Array, Array]:
     """The best params, the steps taken and whether they converged.
@@ -535,6 +553,7 @@ def _search(
     Keys: of steps and of judging. Starts from `params`, and where that ends far from p from `wide`.
     """
     key_steps, key_judge = keys
+    attempts, max_steps = numbers
 
     def step(rate: Any, carry: Any, number: Array) -> tuple[Any, Array]:
         *fitted, total = carry
@@ -577,7 +596,7 @@ def _search(
 
     def run(state: _State, attempt: _Attempt) -> tuple[_State, Array]:
         def unfinished(state: _State) -> Any:
-            return (state.num_stalled < attempt.patience) & (state.num_steps < rule.max_steps)
+            return (state.num_stalled < attempt.patience) & (state.num_steps < max_steps)
 
         held = state.best, state.best_values
         begin, needed = held, True
@@ -597,7 +616,8 @@ def _search(
     best_values = judge(params)
     if not rule.paired:
         best_values = jnp.full((), -jnp.inf, best_values.dtype)
-    attempts = _attempts(rule, wide is not None, best_values.dtype)
+    floats = {name: getattr(attempts, name).astype(best_values.dtype) for name in _FLOATS}
+    attempts = attempts._replace(**floats)
     none = jnp.zeros((), int)
     start = _State(params, _ADAM.init(params), params, best_values, attempts.rate[0], none, none)
     end, converged = jax.lax.scan(run, start, attempts)

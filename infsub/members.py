@@ -93,7 +93,8 @@ class Member:
         """Writes summary.json, the mark of a run that is done, when all else is on disk."""
         self.checkpoints.wait()
         self.write_csv()
-        files.write_json(self.workdir / "summary.json", {"ended": self.ended} | summary)
+        summary = files.finite({"ended": self.ended} | summary)
+        files.write_json(self.workdir / "summary.json", summary)
 
     def close(self) -> None:
         """Waits until all is on disk."""
