@@ -530,7 +530,10 @@ def test_auxiliary_flow_on_the_published_model(shared_dir, gaussian_digits):
 def test_another_number_of_a_rule_is_no_other_program():
     target, posterior = MODEL.target(jnp.zeros(MODEL.weight.shape[0])), posteriors.gaussian(4)
     fields = {"rule": "fast", "num_samples": 2, "num_judged": 2, "num_final_samples": 2}
-    curve, params = functools.partial(local_curve, jax.random.key(0), target, posterior), posterior.init(None)
+    curve, params = (
+        functools.partial(local_curve, jax.random.key(0), target, posterior),
+        posterior.init(None),
+    )
     sizes = []
     for rate, steps in ((0.1, 50), (0.05, 100)):
         numbers = {"learning_rate": rate, "max_steps": steps, "decay": 1 - rate}
