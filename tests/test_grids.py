@@ -11,7 +11,7 @@ from models import linear_gaussian
 from scipy.stats import multivariate_normal, norm
 
 import infsub
-from infsub import densities, grids
+from infsub import densities, gaps, grids
 from infsub.types import Gaussian, Target
 
 G = 64
@@ -81,6 +81,29 @@ def test_a_posterior_outside_the_first_window_is_found_whole(sizes):
     want = 2 * norm.logpdf(x, scale=np.hypot(width, noise))
     np.testing.assert_allclose(found.log_px, want, atol=1e-3)
     assert found.error < 1e-3
+
+
+def test_a_posterior_narrower_than_a_cell_says_so():
+    """A direction of z is known ever better: the right log p(x), or an error that is flagged."""
+
+    def likelihood(z, x, rotation, noise):
+        return densities.normal(x, rotation @ z, noise)
+
+    @jax.jit
+    @jax.vmap
+    def one(x, rotation, noise):
+        arguments = {"x": x, "rotation": rotation, "noise": noise}
+        return grids.log_px(Target(None, Partial(likelihood, **arguments), 2), G)
+
+    angle = np.tile(np.arctan([0, 1 / 3, 1 / 2, 1]), 100)
+    noise = np.stack([np.full(400, 2.0), np.repeat(np.geomspace(0.5, 0.002, 100), 4)], axis=1)
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    x = np.random.default_rng(0).normal(size=(400, 2))
+    given = (a.astype(np.float32) for a in (x, np.moveaxis(turn, -1, 0), noise))
+    found = one(*given)
+    off = np.abs(found.log_px - norm.logpdf(x, scale=np.hypot(1, noise)).sum(axis=1))
+    assert np.all((off < 0.01) | (found.error > gaps.MAX_GRID_ERROR))
+    assert np.all(found.error[:120] < 0.01)  # to a ninth of the other direction's width
 
 
 def test_a_window_that_ends_amid_the_mass_says_so():
