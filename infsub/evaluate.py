@@ -105,9 +105,8 @@ def _evaluate(
         labels = [None] * len(block) if points.labels is None else points.labels[block]
         columns = mapped(subjects.bounds, key_rows, points.at(block), block)
         now = files.read_json(folder / "evaluation.json") or {}
-        if differing := configs.differences(
-            claimed, now
-        ):  # another shard claimed it before any rows
+        # Another shard may have claimed it while there were no rows.
+        if differing := configs.differences(claimed, now):
             raise UserError(
                 f"{folder} is another evaluation's by now: {'; '.join(differing)}. Keep both with "
                 "--config.evaluate.name=NAME, a folder for this evaluation."
@@ -191,9 +190,8 @@ def _ours(config: configs.Config, workdir: Path, run: dict[str, Any], root: Key)
     if settings.split == "model":
         number = settings.first or 10 * settings.per_class
         split = subjects.simulate(stream(root, Stream.IMAGES), vae, variables, number)
-        facts[records.DATA] = hashlib.sha256(np.asarray(split.images.values).tobytes()).hexdigest()[
-            :16
-        ]
+        images = np.asarray(split.images.values)
+        facts[records.DATA] = hashlib.sha256(images.tobytes()).hexdigest()[:16]
     else:
         split = dataset.split(settings.split)
     own = config.model.posterior.name

@@ -493,7 +493,7 @@ def _suspects(rows: Rows, min_ess: float, max_pareto_k: float) -> list[Flag]:
         "ess": (lambda v: v < min_ess, f"{ess} below {min_ess:g}"),
         "pareto_k": (lambda v: v > max_pareto_k, f"{pareto_k} above {max_pareto_k:g}"),
         "converged": (lambda v: v == 0, "local optimisation not converged"),
-        # Not finite where there is mass at the border of the grid.
+        # Not finite where the grid cannot tell.
         "error": (lambda v: ~(v <= MAX_GRID_ERROR), f"{cells} above {MAX_GRID_ERROR:g} {unit}"),
     }
     flags = []

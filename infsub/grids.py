@@ -23,10 +23,10 @@ from infsub.types import Array, Gaussian, Key, Sampler, Target, positive_int
 _REACH = 8.0  # the search begins in [−8, 8]²
 _TAIL = 1e-5  # of the posterior's mass, may lie beyond each side of the window
 _NUM_ZOOMS = 3  # to find a posterior narrower than a cell, and then its width
+_MAX_STEPS = 20  # zooms, and growths where it lies outside: then the window spans a million
 # Cells of standard deviation: a Gaussian of so many is off by 2 exp(−2π² σ²) = 0.002, and in two rows of
 # cells alone, which a chessboard does not see, there are 0.5.
 _RESOLVED = 0.6
-_MAX_STEPS = 20  # zooms, and growths where it lies outside: then the window spans a million
 _SPREAD = 0.01  # of a sampler's mass, may lie beyond each side of the window that covers it
 _CHUNK_SIZE = 1000  # samples at a time
 

@@ -131,9 +131,6 @@ class _Attempt(NamedTuple):
     wide: Any = False  # whether it starts wide, and only where the best so far is far from p
 
 
-_FLOATS = ("rate", "decay", "loss")
-
-
 def _numbers(rule: Rule, wide: bool) -> tuple[_Attempt, Array]:
     """What a program takes of a rule as arguments: its attempts, and how many steps they may take in all.
 
@@ -237,8 +234,6 @@ def optimize_local(
     if start is not None:
         densities.check_gaussian(start)
         start = bounds.as_wide_as(target, start)
-        if start.scale.ndim == 2:
-            start = start._replace(scale=jnp.tril(start.scale))
     if rule in ("fast", "thorough") and posterior.natural is not None:
         rule = _NATURAL if start is None or posterior.place is not None else _NATURAL_NEAR
     elif rule == "fast" and posterior.place is not None and start is not None:
@@ -254,7 +249,7 @@ def optimize_local(
             start, num_steps = _best_gaussian(key_fit, target, start, natural, dense)
         params = posteriors.start(key_init, posterior, start)
         if rule.wide_rate and posterior.place is not None and jnp.ndim(start.scale) == 2:
-            widths = _WIDENED * jnp.linalg.norm(start.scale, axis=1)
+            widths = _WIDENED * jnp.linalg.norm(jnp.tril(start.scale), axis=1)
             anew = posterior.init(named(key_init, "wide"))
             wide = posteriors.with_gaussian(anew, Gaussian(start.mean, widths))
     posterior, params = _checked_start(key_init, posterior, params, rule)
@@ -616,8 +611,8 @@ def _search(
     best_values = judge(params)
     if not rule.paired:
         best_values = jnp.full((), -jnp.inf, best_values.dtype)
-    floats = {name: getattr(attempts, name).astype(best_values.dtype) for name in _FLOATS}
-    attempts = attempts._replace(**floats)
+    dtype = best_values.dtype  # so that a rate makes no parameter wider
+    attempts = jax.tree.map(lambda a: a.astype(dtype) if a.dtype.kind == "f" else a, attempts)
     none = jnp.zeros((), int)
     start = _State(params, _ADAM.init(params), params, best_values, attempts.rate[0], none, none)
     end, converged = jax.lax.scan(run, start, attempts)

@@ -345,7 +345,8 @@ def test_bad_arguments_are_named(arguments, message):
 
 def test_a_step_size_may_be_traced():
     target = Target(None, lambda z: jnp.sum(z), 3)
-    jax.eval_shape(lambda s: infsub.ais(jax.random.key(0), target, step_size=s), 0.1)
+    found = jax.eval_shape(lambda s: infsub.ais(jax.random.key(0), target, step_size=s), 0.1)
+    assert found.log_weights.shape == (16,)
 
 
 @pytest.mark.parametrize(("dtype", "narrow"), [("float32", "bfloat16"), ("float64", "float32")])
