@@ -74,6 +74,43 @@ def test_every_model_is_certified_or_the_reason_is_named():
     assert "no reason known" not in page
 
 
+def certified_of(gaps, num_temperatures=25):
+    """A run whose certificate is of these gaps."""
+    run = a_run(2.0, 1.0)
+    two_sided = {"gap": np.asarray(gaps), "gap_se": np.full(len(gaps), 0.01)}
+    columns = {
+        rows.INDEX: np.arange(len(gaps)),
+        "lower": -two_sided["gap"],
+        "upper": 0 * two_sided["gap"],
+    }
+    columns |= {f"{n}_se": two_sided["gap_se"] for n in ("lower", "upper")} | two_sided
+    certified = make.gaps.certify(rows.parse(rows.to_json(columns), rows.LOWER, rows.UPPER))
+    settings = {"evaluate.ais.num_temperatures": num_temperatures}
+    return run._replace(certificate=certified, settings=settings)
+
+
+def test_of_several_certificates_of_one_ais_that_of_the_most_points_is_shown():
+    """Not the narrowest: where one point in ten is far off, that is the one that missed it."""
+    lucky, whole = certified_of([0.0, 0.1, 0.0]), certified_of([0.0, 0.1, 0.0, 12.0])
+    other = certified_of([0.0, 0.1, 0.0, 0.0, 0.0], num_temperatures=50)
+    shown = make.most_certified([lucky, whole, other], [make.ais_of(lucky)])
+    assert shown is whole
+    assert make.certified(shown).endswith(" on 4")
+    assert make.certified(make.most_certified([a_run(2.0, 1.0)], [{}])) == "–"
+
+
+def test_a_bound_above_log_px_at_a_point_is_named():
+    run = a_run(2.0, 1.0)
+    line = run.found.lines["approximation_gap_gaussian"]
+    below = np.where(np.arange(50) == 7, -3.0, line.values)
+    run.found.lines["approximation_gap_gaussian"] = line._replace(
+        values=below, errors=np.full(50, 0.1)
+    )
+    (sentence,) = make.out_of_order([make.Cell("a", "small", {0: run}, {})])
+    assert "`a`, point 7, by 3.0 nats" in sentence
+    assert not list(make.out_of_order([make.Cell("a", "small", {0: a_run(2.0, 1.0)}, {})]))
+
+
 def test_weights_are_those_that_were_measured():
     """All together they are small, and each fits its run and what its rows say of it."""
     paths = sorted(RESULTS.glob(f"runs/*/{checkpoints.WEIGHTS}"))

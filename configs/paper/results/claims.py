@@ -166,15 +166,16 @@ CLAIMS = (
     ),
     Claim(
         "Generators accommodate the q that they were trained with, where that is AF",
-        "what the best AF misses of log p̂ is larger on the generator trained with FFG than on the one "
-        "trained with AF",
+        "what the best AF that is found, in effect the best Gaussian of full covariance, where its search "
+        "starts, misses of log p̂ is larger on the generator trained with FFG than on the one trained with AF",
         accommodates("auxiliary", "gaussian"),
         3,
         "main_table",
     ),
     Claim(
         "A flow's parameters help to amortise",
-        "on one decoder, the amortization gap of a linear FFG encoder − that of a linear encoder with a flow",
+        "on one decoder, the amortization gap of a linear FFG encoder − that of a linear encoder with a flow "
+        "(AF and RNVP see its outputs through hidden layers of their own)",
         flows_amortise,
         4,
         "flow_parameters",
