@@ -137,7 +137,8 @@ def geometric_path(
             )
         log_likelihood_of_z = Partial(log_likelihood, target)
         return hmc.Path(Partial(densities.standard_normal), log_likelihood_of_z), standard, None
-    mean, scale = jnp.shape(q.mean), jnp.shape(q.scale)
+    q = Gaussian(jnp.asarray(q.mean), jnp.asarray(q.scale))
+    mean, scale = q.mean.shape, q.scale.shape
     if mean != (dim,) or scale not in (mean, mean * 2):
         raise ValueError(
             f"q must have mean and scale of shape [{dim}], the target's latent_dim (a Cholesky "
@@ -435,7 +436,14 @@ def ais(
       >>> print(f"{estimate.log_px:.2f}")  # log N(1; 0, 2)
       -1.52
     """
-    settings = checked_settings(
-        q, num_chains, num_temperatures, num_leapfrog, schedule, step_size, adaptation
-    )
-    return _ais(key, target, q, settings)[0]
+    return ais_with_info(
+        key,
+        target,
+        q,
+        num_chains,
+        num_temperatures,
+        num_leapfrog,
+        schedule,
+        adaptation=adaptation,
+        step_size=step_size,
+    )[0]

@@ -156,6 +156,11 @@ def bdmc(
       >>> print(bool(abs(infsub.bdmc(jax.random.key(0), simulate).gap) < 0.2))
       True
     """
+    if not callable(model):
+        raise TypeError(
+            "model must be a function key -> (z [D], Target, q), which simulates a datapoint; got "
+            f"{type(model).__name__}: infsub.measure(…, num_certified=N) certifies a Model"
+        )
     key_model, key = jax.random.split(key)
     z, target, q = model(key_model)
     _check_sample(z, target)

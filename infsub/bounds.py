@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from infsub import densities
-from infsub.samplers import T, as_sampler, draw, promoted
+from infsub.samplers import T, as_sampler, check_digits, draw, promoted
 from infsub.types import (
     Estimate,
     Gaussian,
@@ -31,13 +31,14 @@ _MAX_SPAN = 1e3  # nats that a tail is taken to span at most: weights may be 0
 
 
 def checked(name: str, log_density: Callable[[Any], Scalar], z: Any) -> Scalar:
-    """log_density(z), or a TypeError when it is no scalar; z [D], or what outputs make of it."""
+    """log_density(z), or a TypeError when it is no scalar of float32's digits; z [D], or outputs of it."""
     value = log_density(z)
     if jnp.shape(value) != ():
         raise TypeError(
             f"{name} must return a scalar, the log density of one z; it returned "
             f"shape {jnp.shape(value)}: sum over the axes of x"
         )
+    check_digits(name, value)
     return value
 
 
@@ -219,7 +220,8 @@ def _tail_size(num_samples: int) -> int:
 def pareto_k(tail: Samples) -> Scalar:
     """Shape k of a generalised Pareto fitted to the largest weights, tail [M+1] descending -> [].
 
-    The smallest of the tail is the threshold the M others exceed; −inf where most equal it.
+    The smallest of the tail is the threshold the M others exceed. Where a quarter equals it nothing can be
+    fitted: k is inf where the others together outweigh a tail of such, and rule the estimate, else −inf.
     Zhang & Stephens' (2009) estimator with the prior of Vehtari et al. 2024, arXiv 1507.02646, app. G;
     where the tail spans more than float32 does, Hill's (1975), the mean of log weight/threshold.
     """
@@ -236,7 +238,10 @@ def pareto_k(tail: Samples) -> Scalar:
     theta = jnp.sum(jax.nn.softmax(profile) * theta)
     shape = jnp.mean(jnp.log1p(-theta * excess))
     k = (shape * size + 0.5 * 10) / (size + 10)
-    k = jnp.where(quartile == 0, -jnp.inf, k)  # equal to rounding: nothing to fit
     spans = tail[0] - jnp.maximum(tail, tail[0] - _MAX_SPAN)  # a weight of 0 spans as much
     hill = spans[-1] - jnp.mean(spans[:-1])
-    return jnp.where(spans[size - 1 - rank] > _FLOAT_SPAN, hill, k)
+    wide = spans[size - 1 - rank] > _FLOAT_SPAN
+    k = jnp.where(wide, hill, k)
+    tied = jnp.where(wide, tail[size - 1 - rank] == tail[-1], quartile == 0)  # to rounding
+    few_rule = jnp.sum(excess) > size * weights[0]
+    return jnp.where(tied, jnp.where(few_rule, jnp.inf, -jnp.inf), k)

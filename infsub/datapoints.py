@@ -191,6 +191,9 @@ def map_datapoints(
     indices = np.arange(num_points) if indices is None else np.asarray(indices)
     if indices.shape != (num_points,):
         raise ValueError(f"indices must have shape [N={num_points}]; got {indices.shape}")
+    whole = np.issubdtype(indices.dtype, np.integer)  # a key is folded with 32 bits of each
+    if not whole or indices.min() < 0 or indices.max() >= 2**32:
+        raise ValueError(f"indices must be integers from 0 to 2³² − 1; got {indices}")
     if not (progress is None or isinstance(progress, bool | str) or callable(progress)):
         raise TypeError(
             "progress must be True, a word, or a function called with (datapoints done, N); got "

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from infsub import linalg
-from infsub.types import Gaussian, Key, Number, Pixels, Scalar, Vector
+from infsub.types import Array, Gaussian, Key, Number, Pixels, Scalar, Vector
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -21,9 +21,18 @@ def standard_normal(z: Vector) -> Scalar:
 
 def normal(z: Vector, mean: Vector | Number, scale: Vector | Number) -> Scalar:
     """log N(z; mean, diag(scale²)), each [D], or one for all, -> []."""
-    return standard_normal((z - mean) / scale) - jnp.sum(
-        jnp.log(jnp.broadcast_to(scale, jnp.shape(z)))
-    )
+    mean, scale = (_like(jnp.shape(z), a) for a in (mean, scale))
+    return standard_normal((z - mean) / scale) - jnp.sum(jnp.log(scale))
+
+
+def _like(shape: tuple[int, ...], value: Pixels | Number) -> Array:
+    """`value` where it has this shape, or one for all; [D] against [D, 1] would be [D, D], and summed."""
+    if jnp.shape(value) not in (shape, ()):
+        raise ValueError(
+            f"a density of values of shape {shape} needs parameters of that shape, or one number; got "
+            f"shape {jnp.shape(value)}: reshape them"
+        )
+    return jnp.broadcast_to(value, shape)
 
 
 def gaussian(z: Vector, q: Gaussian) -> Scalar:
@@ -50,14 +59,16 @@ def sample_gaussian(key: Key, q: Gaussian) -> tuple[Vector, Scalar]:
     return z, standard_normal(noise) - log_volume(q)
 
 
-def check_gaussian(q: Gaussian) -> None:
-    """A ValueError unless q is mean [D] with scale [D] or a Cholesky factor [D, D]."""
-    mean, scale = jnp.shape(q.mean), jnp.shape(q.scale)
+def check_gaussian(q: Gaussian) -> Gaussian:
+    """q of arrays, or a ValueError: mean [D] with scale [D] or a Cholesky factor [D, D]."""
+    q = Gaussian(jnp.asarray(q.mean), jnp.asarray(q.scale))
+    mean, scale = q.mean.shape, q.scale.shape
     if len(mean) != 1 or scale not in (mean, mean * 2):
         raise ValueError(
             "q must have a mean [D] and a scale [D], or [D, D] for a lower Cholesky factor; got "
             f"shapes {mean} and {scale}"
         )
+    return q
 
 
 @jax.custom_jvp
@@ -80,20 +91,24 @@ def _softplus_jvp(primals, tangents):  # pyright: ignore
     return softplus(a), jax.nn.sigmoid(a) * da
 
 
+def _flat(x: Any, *parameters: Pixels) -> list[Array]:
+    """x and its parameters as [X], these of x's size in any shape, or one number for all."""
+    size = jnp.size(x)
+    if wrong := [jnp.shape(a) for a in parameters if jnp.ndim(a) and jnp.size(a) != size]:
+        raise ValueError(
+            f"x of shape {jnp.shape(x)} needs parameters of its size, or one number; got shape {wrong[0]}"
+        )
+    return [jnp.broadcast_to(jnp.ravel(a), (size,)) for a in (x, *parameters)]
+
+
 def bernoulli_logits(x: Any, logits: Pixels) -> Scalar:
     """log p(x) = Σ x·l − log(1 + eˡ) for independent bits x in {0, 1} (or means in [0, 1]), any shape -> [].
 
     Its gradient in the logits is x − sigmoid(l), computed without forming the value.
     """
     # Flat: XLA vectorises no exp over a trailing axis of one channel, which costs a factor of 10.
-    x, logits = jnp.ravel(x), jnp.ravel(logits)
+    x, logits = _flat(x, logits)
     return jnp.sum(x * logits - softplus(logits))
-
-
-def normal_log_scale(x: Pixels, mean: Pixels, log_scale: Pixels) -> Scalar:
-    """log N(x; mean, exp(2 log_scale)) of independent pixels, any shape -> []."""
-    noise = jnp.ravel((x - mean) * jnp.exp(-log_scale))
-    return standard_normal(noise) - jnp.sum(jnp.broadcast_to(log_scale, jnp.shape(x)))
 
 
 def _bounded(log_scale: Pixels) -> Pixels:
@@ -115,7 +130,8 @@ def discretized_logistic(x: Pixels, mean: Pixels, log_scale: Pixels, num_levels:
       log_scale: of x's shape.
       num_levels: L, at least 2.
     """
-    x, mean, log_scale = jnp.ravel(x), jnp.ravel(mean), _bounded(jnp.ravel(log_scale))
+    x, mean, log_scale = _flat(x, mean, log_scale)
+    log_scale = _bounded(log_scale)
     inverse_scale = jnp.exp(-log_scale)
     # One formula of an integer, so a bin's upper edge is bit for bit the next one's lower.
     upper = ((2 * x + 1) / (num_levels - 1) - 1 - mean) * inverse_scale

@@ -71,6 +71,12 @@ def soft_clip(a: Array, limit: float) -> Array:
     return a - jax.nn.softplus(a - limit) + jax.nn.softplus(-a - limit)
 
 
+def soft_clip_inverse(y: Array, limit: float) -> Array:
+    """The a that `soft_clip` makes y of; of a y at the limit or beyond, one near it."""
+    y = jnp.clip(y, -limit + 1e-3, limit - 1e-3)
+    return y + jnp.log1p(-jnp.exp(-y - limit)) - jnp.log1p(-jnp.exp(y - limit))
+
+
 # z' = z + A tanh(B z + b)
 
 

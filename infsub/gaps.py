@@ -27,6 +27,7 @@ from infsub.types import positive_int
 
 MIN_ESS = 4.0  # effective samples of one datapoint
 MAX_PARETO_K = 0.7  # Vehtari et al. 2024, arXiv 1507.02646
+MIN_ACCEPTANCE = 0.2  # of HMC; the pilot aims at four times as much
 MAX_GRID_ERROR = 0.01  # nats
 # Standard errors of a difference: beyond which a mean is said to be off, and beyond which one
 # datapoint of many is.
@@ -49,6 +50,11 @@ class Mean(NamedTuple):
     standard_error: float
     monte_carlo_error: float
     num_datapoints: int
+
+    @property
+    def error(self) -> float:
+        """Over datapoints; of one, where there is none, the Monte Carlo error."""
+        return self.standard_error if self.num_datapoints > 1 else self.monte_carlo_error
 
 
 class Line(NamedTuple):
@@ -135,6 +141,7 @@ class Decomposition(NamedTuple):
       curves: where there are bounds along the way to q*.
       families: of local inference; the encoder's own first, where it was evaluated. Only the first
         has an amortization gap, for the others L[q*] − L[q] also holds what they gain over it.
+      own: the encoder's family; "" where it is not known.
       notes: sentences.
       flags: datapoints to look at, and those left out.
     """
@@ -143,8 +150,14 @@ class Decomposition(NamedTuple):
     lines: dict[str, Line]
     curves: list[Curve]
     families: list[str]
+    own: str
     notes: list[str]
     flags: list[Flag]
+
+    @property
+    def is_split(self) -> bool:
+        """Whether the first family is the encoder's own, so that its gaps split the inference gap."""
+        return self.families[:1] == [self.own]
 
     @property
     def has_gaps(self) -> bool:
@@ -225,6 +238,7 @@ def decompose(
         lines,
         curves,
         families,
+        own,
         [*_on_log_px(lines), *notes, *_on_gaps(lines, families, own)],
         [*flags, *_suspects(rows, min_ess, max_pareto_k), *disagreements, *curve_flags],
     )
@@ -243,7 +257,7 @@ def certify(rows: Rows) -> Certificate:
     line = Line(gap[finite], errors[finite], schema.CERTIFICATE.kind)
     mean = line.mean
     note = (
-        f"On simulated data the AIS bound is within {with_error(mean.mean, mean.standard_error)} nats "
+        f"On simulated data the AIS bound is within {with_error(mean.mean, mean.error)} nats "
         f"(bidirectional AIS, upper − lower bound, {mean.num_datapoints} datapoints). Of data that the "
         "model does not simulate this is evidence and no proof: their posteriors may be harder."
     )
@@ -401,10 +415,13 @@ def _on_gaps(lines: dict[str, Line], families: list[str], own: str) -> list[str]
             "The approximation gap of FFG is the covariance gap (what a diagonal covariance "
             "misses) plus the approximation gap of full (what no Gaussian has)."
         )
+    # Of another family's q* less than L[q] is no news.
+    others = [schema.AMORTIZATION.of(family) for family in families if own != family]
     negative = [
         label(name)
         for name, line in lines.items()
         if line.kind == "gap" and line.mean.mean < -MEAN_ERRORS * line.mean.standard_error
+        if name not in others
     ]
     if negative:
         notes.append(
@@ -487,12 +504,14 @@ def _curves(rows: Rows, lines: dict[str, Line]) -> tuple[list[Curve], list[Flag]
 
 def _suspects(rows: Rows, min_ess: float, max_pareto_k: float) -> list[Flag]:
     """Datapoints whose bounds need a second look, by what stands beside them."""
-    ess, pareto_k, cells = (schema.FIELDS[f].meaning for f in ("ess", "pareto_k", "error"))
+    fields = ("ess", "pareto_k", "acceptance", "error")
+    ess, pareto_k, moves, cells = (schema.FIELDS[f].meaning for f in fields)
     unit = schema.FIELDS["error"].unit
     tests: dict[str, tuple[Any, str]] = {
         "ess": (lambda v: v < min_ess, f"{ess} below {min_ess:g}"),
         "pareto_k": (lambda v: v > max_pareto_k, f"{pareto_k} above {max_pareto_k:g}"),
         "converged": (lambda v: v == 0, "local optimisation not converged"),
+        "acceptance": (lambda v: v < MIN_ACCEPTANCE, f"{moves} below {MIN_ACCEPTANCE:g}"),
         # Not finite where the grid cannot tell.
         "error": (lambda v: ~(v <= MAX_GRID_ERROR), f"{cells} above {MAX_GRID_ERROR:g} {unit}"),
     }

@@ -83,7 +83,8 @@ def laplace(
     of its likelihood in them (Gauss-Newton); without `outputs`, P = −∇² log p(x, z) itself. The
     mode is found by Newton's method along P⁻¹ ∇ log p(x, z), the best of several step lengths; a
     step that is not finite or not an improvement is refused. Where P is not positive definite, a
-    multiple of I is added, for the steps as for the result (`_positive`).
+    multiple of I is added, for the steps as for the result (`_positive`). No gradient goes through the
+    search: take `jax.lax.stop_gradient` of what it gives.
 
     Args:
       target: p(z) p(x|z) for one x.
@@ -131,7 +132,7 @@ def laplace_with_info(
         positive_int("num_adam", num_adam)
     if start is None:
         start = jnp.zeros(dim)
-    starts = promoted(start.mean if isinstance(start, Gaussian) else jnp.asarray(start))
+    starts = promoted(jnp.asarray(start.mean if isinstance(start, Gaussian) else start))
     if starts.ndim not in (1, 2) or starts.shape[-1] != dim or not starts.size:
         raise ValueError(
             f"start must be z [D={dim}], a Gaussian, or several z [S, D={dim}]; got shape {starts.shape}"

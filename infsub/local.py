@@ -6,6 +6,7 @@ its own convergence and changes no more, and a block ends when all of its datapo
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -232,8 +233,7 @@ def optimize_local(
         key_init, key_moments = jax.random.split(key_init)
         start = posteriors.moment_matched(key_moments, start)
     if start is not None:
-        densities.check_gaussian(start)
-        start = bounds.as_wide_as(target, start)
+        start = bounds.as_wide_as(target, densities.check_gaussian(start))
     if rule in ("fast", "thorough") and posterior.natural is not None:
         rule = _NATURAL if start is None or posterior.place is not None else _NATURAL_NEAR
     elif rule == "fast" and posterior.place is not None and start is not None:
@@ -252,7 +252,7 @@ def optimize_local(
             widths = _WIDENED * jnp.linalg.norm(jnp.tril(start.scale), axis=1)
             anew = posterior.init(named(key_init, "wide"))
             wide = posteriors.with_gaussian(anew, Gaussian(start.mean, widths))
-    posterior, params = _checked_start(key_init, posterior, params, rule)
+    posterior, params = _checked_start(key_init, target, posterior, params, rule)
     num_final_samples = positive_int("num_final_samples", num_final_samples)
     numbers, program = _numbers(rule, wide is not None), _program(rule)
     found = _optimize(key, target, posterior, params, wide, numbers, program, num_final_samples)
@@ -284,7 +284,7 @@ def _best_gaussian(
     key_init, *keys = jax.random.split(key, 3)
     posterior = family(target.latent_dim)
     params = posteriors.start(key_init, posterior, start)
-    posterior, params = _checked_start(key_init, posterior, params, rule)
+    posterior, params = _checked_start(key_init, target, posterior, params, rule)
     numbers = _numbers(rule, wide=False)
     params, num_steps, _ = _search(keys, target, posterior, params, None, numbers, _program(rule))
     return posteriors.gaussian_of(params, full=dense), num_steps
@@ -335,7 +335,7 @@ def local_curve(
     """
     posterior = _as_posterior(posterior, target)
     steps, rule = increasing_steps("steps", steps), _checked_rule(rule, {})
-    posterior, params = _checked_start(key, posterior, params, rule)
+    posterior, params = _checked_start(key, target, posterior, params, rule)
     # Arrays: how many steps there are compiles nothing anew.
     spans = jnp.asarray((0, *steps[:-1])), jnp.asarray(steps)
     num_samples = positive_int("num_samples", num_samples)
@@ -346,7 +346,7 @@ def local_curve(
 
 
 def _checked_start(
-    key: Key, posterior: Posterior, params: Params | None, rule: Rule
+    key: Key, target: Target, posterior: Posterior, params: Params | None, rule: Rule
 ) -> tuple[Posterior, Params]:
     """The posterior as a pytree and where it starts, both fit for the rule."""
     natural = posterior.natural and as_partial(posterior.natural)
@@ -357,6 +357,7 @@ def _checked_start(
     found = jax.tree.map(jnp.shape, params)
     if found != expected:
         raise ValueError(f"params must have the posterior's shapes, {expected}; got {found}")
+    params = bounds.as_wide_as(target, params)
     if rule.natural and posterior.natural is None:
         raise ValueError(
             "natural steps need posterior.natural(params, gradient), which this posterior has not: "
@@ -407,12 +408,14 @@ def _checked_rule(rule: str | Rule, changes: dict[str, Any]) -> Rule:
         raise ValueError(
             f"antithetic samples come in pairs: num_samples and num_judged; got {rule}"
         )
-    more_rates = rule.bold_rate >= 0 and rule.wide_rate >= 0
-    if not (rule.learning_rate > 0 and 0 < rule.decay <= 1 and more_rates):
-        raise ValueError(
-            "learning_rate must be positive, decay in (0, 1], wide_rate and bold_rate at least 0; "
-            f"got {rule}"
-        )
+    # The values are not known inside the caller's jit.
+    with contextlib.suppress(jax.errors.TracerBoolConversionError):
+        more_rates = rule.bold_rate >= 0 and rule.wide_rate >= 0
+        if not (rule.learning_rate > 0 and 0 < rule.decay <= 1 and more_rates):
+            raise ValueError(
+                "learning_rate must be positive, decay in (0, 1], wide_rate and bold_rate at least 0; "
+                f"got {rule}"
+            )
     return rule
 
 
@@ -504,6 +507,7 @@ class _State(NamedTuple):
     rate: Array  # learning rate
     num_steps: Array
     num_stalled: Array  # windows since the best
+    moved: Array  # whether any step had a finite gradient
 
 
 @partial(jax.jit, static_argnames=("rule", "num_final_samples"))
@@ -565,6 +569,7 @@ def _search(
         carry = (state.params, state.moments, jax.tree.map(jnp.zeros_like, state.params))
         numbers = state.num_steps + jnp.arange(rule.window)
         (params, moments, total), values = jax.lax.scan(partial(step, state.rate), carry, numbers)
+        moved = state.moved | jnp.any(jnp.isfinite(values))
         if rule.paired:
             candidate = jax.tree.map(lambda t: t / rule.window, total)
             values = judge(candidate)
@@ -581,6 +586,7 @@ def _search(
             rate=jnp.where(progress, state.rate, attempt.decay * state.rate),
             num_steps=state.num_steps + rule.window,
             num_stalled=jnp.where(progress, 0, stalled),
+            moved=moved,
         )
 
     def is_far(params: Params) -> Array:
@@ -601,7 +607,8 @@ def _search(
             needed = jax.lax.cond(attempt.wide, is_far, lambda _: jnp.asarray(True), state.best)
         best, values = begin
         moments, num_stalled = _ADAM.init(best), jnp.where(needed, 0, attempt.patience)
-        start = _State(best, moments, best, values, attempt.rate, state.num_steps, num_stalled)
+        start = state._replace(params=best, moments=moments, best=best, best_values=values)
+        start = start._replace(rate=attempt.rate, num_stalled=num_stalled)
         end = jax.lax.while_loop(unfinished, partial(run_window, attempt), start)
         better, _ = _compare(end.best_values, state.best_values)
         best, values = _where(better, (end.best, end.best_values), held)
@@ -613,13 +620,15 @@ def _search(
         best_values = jnp.full((), -jnp.inf, best_values.dtype)
     dtype = best_values.dtype  # so that a rate makes no parameter wider
     attempts = jax.tree.map(lambda a: a.astype(dtype) if a.dtype.kind == "f" else a, attempts)
-    none = jnp.zeros((), int)
-    start = _State(params, _ADAM.init(params), params, best_values, attempts.rate[0], none, none)
+    none, still = jnp.zeros((), int), jnp.zeros((), bool)
+    rate, moments = attempts.rate[0], _ADAM.init(params)
+    start = _State(params, moments, params, best_values, rate, none, none, still)
     end, converged = jax.lax.scan(run, start, attempts)
     best = end.best
     if not rule.paired:  # an unpaired rule has not looked at the start
         best = _where(_compare(judge(best), judge(params))[1], best, params)
-    converged = jnp.all(converged) & _has_mean(end.best_values)
+    # A value without a gradient, as of NaN behind a where, stands still and is no optimum.
+    converged = jnp.all(converged) & _has_mean(end.best_values) & end.moved
     return best, end.num_steps, converged
 
 

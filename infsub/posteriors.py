@@ -124,7 +124,8 @@ def with_gaussian(params: Params, q: Gaussian) -> Params:
         below = _below(q.mean.size)
         encoded = encoded | {"lower": (cholesky / q.scale[:, None])[below]}
     q = factorised(q)
-    return params | {"encoded": encoded | {"mean": q.mean, "log_scale": jnp.log(q.scale)}}
+    log_scale = flows.soft_clip_inverse(jnp.log(q.scale), _LOG_SCALE_LIMIT)
+    return params | {"encoded": encoded | {"mean": q.mean, "log_scale": log_scale}}
 
 
 def start(key: Key, posterior: Posterior, q: Gaussian) -> Params:
@@ -137,7 +138,7 @@ def start(key: Key, posterior: Posterior, q: Gaussian) -> Params:
     if q.scale.ndim == 2:
         q = q._replace(scale=jnp.tril(q.scale))  # which `place` may multiply by
     if posterior.place is not None and q.scale.ndim == 2:
-        return posterior.place(params, q)
+        return jax.jit(posterior.place)(params, q)  # its loops would each compile, in every call
     return with_gaussian(params, q)
 
 

@@ -48,8 +48,7 @@ def as_sampler(q: Gaussian | Sampler | Any) -> Partial:
       ValueError: a Gaussian whose shapes do not fit.
     """
     if isinstance(q, Gaussian):
-        densities.check_gaussian(q)
-        return Partial(densities.sample_gaussian, q=promoted(q))
+        return Partial(densities.sample_gaussian, q=promoted(densities.check_gaussian(q)))
     if isinstance(q, Posterior):
         raise TypeError(
             f"{_WANTED}a Posterior, which samples by params: write posteriors.sampler(posterior, params)"
@@ -72,7 +71,7 @@ def draw(q: Sampler, key: Key, latent_dim: int) -> tuple[Array, Array]:
 
     Raises:
       ValueError: z is not of shape [latent_dim].
-      TypeError: q returns no pair, or log_q is no scalar.
+      TypeError: q returns no pair, or log_q is no scalar of float32's digits.
     """
     drawn = q(key)
     if not isinstance(drawn, tuple | list) or len(drawn) != 2:
@@ -88,7 +87,18 @@ def draw(q: Sampler, key: Key, latent_dim: int) -> tuple[Array, Array]:
             f"shape {jnp.shape(log_q)}: sum over z's coordinates (NumPyro: .to_event(1); distrax and "
             "TFP: Independent or MultivariateNormalDiag)"
         )
+    check_digits("q's log density", log_q)
     return z, log_q
+
+
+def check_digits(name: str, value: Any) -> None:
+    """A TypeError unless a log density has float32's digits: of hundreds of nats bfloat16 loses some."""
+    dtype = jnp.result_type(value)
+    if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 4:
+        raise TypeError(
+            f"{name} must return float32 or float64, in nats; it returned {dtype}: convert its terms "
+            "before they are summed, as with .astype('float32')"
+        )
 
 
 def _parameters(method: Any) -> Collection[str]:

@@ -8,7 +8,7 @@ nats: of a model's mean the paired error over datapoints, of a datapoint the Mon
    IWAE, and Pareto k is too large; another start's bound lies beyond it; or g is negative beyond.
 2. inconclusive (the certificate): upper − lower bound of simulated data, with 2 errors, exceeds g, and
    TIGHT nats.
-3. tight: g, with 2 errors, is below TIGHT nats.
+3. tight: g, with 2 errors, is below TIGHT nats. Without an L[q*] of the own family no more can be said.
 4. optimiser: a is negative beyond, L[q*] is worse than L[q]; or p exceeds a beyond and L[q*] has not
    converged, so that p may be the optimiser's. Where a exceeds p, a longer run can only make it larger.
 5. amortization: a exceeds p beyond.
@@ -48,7 +48,7 @@ _NEXT = {
     "certificate": "Take more AIS temperatures, until the certificate is narrower than the gap.",
     "finite": "Look at this x and at what the model makes of it: a bound is not finite.",
     "errors": "Take more samples; for the mean, more datapoints.",
-    "nothing": "Measure log p̂ and the encoder's own family: without, the gap is not split.",
+    "nothing": "Measure log p̂ and L[q*] of the encoder's own family, named in `families`.",
 }
 
 
@@ -67,6 +67,9 @@ class Verdict(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.name} ({self.of})" if self.of else self.name
+
+
+_UNSPLIT = Verdict("inconclusive", "the gap is not split", _NEXT["nothing"])
 
 
 class Verdicts(NamedTuple):
@@ -106,22 +109,21 @@ def judge(rows: Rows, found: Decomposition, certificate: Certificate | None = No
     """
     lines, families = found.lines, found.families
     if not found.has_gaps:
-        nothing = Verdict("inconclusive", "the gap is not split", _NEXT["nothing"])
-        return Verdicts(nothing, [nothing] * len(rows.indices), [])
+        return Verdicts(_UNSPLIT, [_UNSPLIT] * len(rows.indices), [])
     width, masks = _width(certificate), [_marked(found, names) for names in _doubts(found)]
     elbo, log_px, own = schema.ELBO.name, schema.LOG_PX.name, schema.LOCAL.of(families[0])
     negative, worse = (_side(lines, {n: 1, elbo: -1}, of_mean=False).below for n in (log_px, own))
     masks = [masks[0] | negative, worse, *masks[1:]]
-    kept = _decide(lines, families, masks, width, of_mean=False)
+    kept = _decide(found, masks, width, of_mean=False)
     most = [np.array([np.mean(mask) > SHARE]) for mask in masks]
     lost = 1 - len(found.indices) / len(rows.indices)  # a bound is not finite
     most[0] |= lost > SHARE or _contested(rows.at(np.isin(rows.indices, found.indices)), lines)
-    (model,) = _decide(lines, families, most, width, of_mean=True)
+    (model,) = _decide(found, most, width, of_mean=True)
     by_index = dict(zip(found.indices.tolist(), kept, strict=True))
     unfinished = Verdict("inconclusive", "not finite", _NEXT["finite"])
     points = [by_index.get(index, unfinished) for index in rows.indices.tolist()]
     counts = ", ".join(f"{n} {name}" for name, n in count(points).items())
-    told = [_sentence(model, lines, families[0]), f"Of {len(points)} datapoints: {counts}."]
+    told = [_sentence(model, found), f"Of {len(points)} datapoints: {counts}."]
     return Verdicts(model, points, told)
 
 
@@ -135,7 +137,7 @@ def _width(certificate: Certificate | None) -> float:
     if certificate is None or certificate.line is None:
         return 0.0
     mean = certificate.line.mean
-    return mean.mean + MEAN_ERRORS * float(np.nan_to_num(mean.standard_error))
+    return mean.mean + MEAN_ERRORS * float(np.nan_to_num(mean.error))
 
 
 def _doubts(found: Decomposition) -> tuple[set[str], set[str], set[str]]:
@@ -178,22 +180,18 @@ def _side(lines: dict[str, Line], signs: dict[str, int], of_mean: bool) -> _Side
         return _Side(values, np.maximum(MEAN_ERRORS * errors, MIN_DIFFERENCE))
     finite = np.isfinite(values)
     mean = gaps.mean_over_datapoints(values[finite], errors[finite])
-    error = mean.standard_error if mean.num_datapoints > 1 else mean.monte_carlo_error
-    return _Side(np.array([mean.mean]), np.array([max(MEAN_ERRORS * error, MIN_DIFFERENCE)]))
+    return _Side(np.array([mean.mean]), np.array([max(MEAN_ERRORS * mean.error, MIN_DIFFERENCE)]))
 
 
 def _decide(
-    lines: dict[str, Line],
-    families: list[str],
-    masks: list[np.ndarray],
-    width: float,
-    of_mean: bool,
+    found: Decomposition, masks: list[np.ndarray], width: float, of_mean: bool
 ) -> list[Verdict]:
     """The rules at each datapoint, or at the mean.
 
     masks: where log p̂ is in doubt; L[q*] is worse than L[q]; the own family's optimum is in doubt; and
     the full Gaussian's.
     """
+    lines, families = found.lines, found.families
     doubted, worse, unconverged, full_unconverged = masks
     elbo, log_px, own = schema.ELBO.name, schema.LOG_PX.name, schema.LOCAL.of(families[0])
     gap = _side(lines, {log_px: 1, elbo: -1}, of_mean)
@@ -211,6 +209,8 @@ def _decide(
             return Verdict("inconclusive", "the certificate", _NEXT["certificate"])
         if gap.value[n] + gap.limit[n] < TIGHT:
             return Verdict("tight", "", _NEXT["tight"])
+        if not found.is_split:
+            return _UNSPLIT
         if worse[n] or amortization.below[n] or (lead.below[n] and unconverged[n]):
             return Verdict("optimiser", "", _NEXT["optimiser"])
         if lead.above[n]:
@@ -230,12 +230,15 @@ def _decide(
     return [verdict(n) for n in range(len(gap.value))]
 
 
-def _sentence(model: Verdict, lines: dict[str, Line], own: str) -> str:
+def _sentence(model: Verdict, found: Decomposition) -> str:
     """The verdict on the model in words, with what it rests on."""
+    lines, own = found.lines, found.families[0]
     names = (schema.INFERENCE.name, schema.AMORTIZATION.of(own), schema.APPROXIMATION.of(own))
     gap, amortization, approximation = (
         gaps.with_error(lines[name].mean.mean, lines[name].error) for name in names
     )
+    if not found.is_split:
+        return f"Verdict: {model}. The inference gap is {gap} nats. {model.advice}"
     return (
         f"Verdict: {model}. Of an inference gap of {gap} nats, amortization costs {amortization} and "
         f"the family {schema.family_label(own)} {approximation}. {model.advice}"

@@ -79,6 +79,12 @@ def test_both_directions_run_the_same_kernels():
     assert another_law.pvalue < 1e-6
 
 
+def test_a_model_of_ones_own_is_told_what_certifies_it():
+    model = infsub.Model(2, lambda params, x: x, lambda params, x, z: z.sum())
+    with pytest.raises(TypeError, match=r"got Model: infsub.measure\(…, num_certified=N\)"):
+        infsub.bdmc(jax.random.key(0), model)  # pyright: ignore
+
+
 def test_z_must_be_one_sample():
     target = Target(None, lambda z: jnp.sum(z), 3)
     with pytest.raises(ValueError, match=r"z must be an exact posterior sample \[D=3\]"):

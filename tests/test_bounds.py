@@ -165,11 +165,14 @@ def test_pareto_k_warns_where_the_tail_spans_more_than_float32(scale):
         np.testing.assert_allclose(found, want, rtol=1e-4)
 
 
-def test_pareto_k_of_weights_that_are_mostly_zero_warns():
-    tail = np.full((1, bounds._tail_size(4000) + 1), -np.inf, np.float32)
-    tail[:, :20] = 0
-    assert np.isfinite(pareto_ks(tail)).all()
-    assert (np.asarray(pareto_ks(tail)) > 0.7).all()
+@pytest.mark.parametrize("floor", [-10.0, -50.0, -79.0, -100.0, -np.inf])
+def test_pareto_k_of_weights_that_a_few_rule_warns(floor):
+    """Of a likelihood with a floor, such as a contaminated normal's, all others are equal."""
+    tail = np.full((3, bounds._tail_size(4000) + 1), floor, np.float32)
+    tail[0, :20] = tail[1, 0] = 0
+    tail[2, 0] = floor + 1  # one that hardly counts
+    assert (np.asarray(pareto_ks(tail))[:2] > 0.7).all()
+    assert np.isinf(floor) or pareto_ks(tail)[2] == -np.inf
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int32"])
@@ -181,6 +184,31 @@ def test_a_q_of_fewer_digits_is_computed_with_in_float32(dtype, full):
     for bound in (infsub.elbo, partial(infsub.iwae, num_samples=100)):
         found, want = (bound(jax.random.key(0), target, q) for q in (q, wide))
         np.testing.assert_array_equal(found.log_px, want.log_px)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int32"])
+def test_a_density_of_fewer_digits_is_refused(dtype):
+    """A sum of hundreds of nats has no digits behind the point in bfloat16, and integers no gradient."""
+    key, eye = jax.random.key(0), Gaussian(jnp.zeros(2), jnp.ones(2))
+    target = Target(None, lambda z: z.sum().astype(dtype), 2)
+    for bound in (infsub.elbo, infsub.iwae, infsub.ais):
+        with pytest.raises(
+            TypeError, match=f"log_likelihood must return float32 .* returned {dtype}"
+        ):
+            bound(key, target, eye)
+    with pytest.raises(TypeError, match="log_likelihood must return float32"):
+        infsub.laplace(target)
+    with pytest.raises(TypeError, match="q's log density must return float32"):
+        infsub.elbo(key, MODEL.target(X), lambda key: (jnp.zeros(10), jnp.zeros((), dtype)))
+
+
+def test_a_gaussian_may_be_of_lists():
+    target, q = MODEL.target(X), Gaussian([0.0] * 10, [1.0] * 10)  # pyright: ignore
+    want = Gaussian(jnp.zeros(10), jnp.ones(10))
+    for bound in (infsub.elbo, partial(infsub.ais, num_chains=2, num_temperatures=2)):
+        found, expected = (bound(jax.random.key(0), target, q) for q in (q, want))
+        np.testing.assert_array_equal(found.log_px, expected.log_px)
+    np.testing.assert_array_equal(infsub.laplace(target, q).mean, infsub.laplace(target, want).mean)
 
 
 @pytest.mark.parametrize("level", [0.0, -1500.0, 3e4])

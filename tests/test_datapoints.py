@@ -231,6 +231,9 @@ def test_a_pytree_of_data():
         (np.zeros((0, 2)), {}, "one common N ≥ 1"),
         (np.zeros(3), {"block_size": 0}, "block_size must be a positive integer; got 0"),
         (np.zeros(3), {"indices": np.arange(2)}, r"indices must have shape \[N=3\]"),
+        (np.zeros(2), {"indices": np.array([0.1, 0.2])}, r"integers from 0 to 2³² − 1; got \[0.1"),
+        (np.zeros(2), {"indices": np.array([1, 1 + 2**32])}, "integers from 0 to 2³² − 1"),
+        (np.zeros(2), {"indices": np.array(["a", "b"])}, "integers from 0 to 2³² − 1"),
     ],
 )
 def test_bad_arguments_are_named(xs, options, message):

@@ -27,18 +27,31 @@ def test_normal_densities_are_scipys():
 
     @jax.jit
     def found(x, mean, log_scale):
-        images = (a.reshape(2, 5) for a in (x, mean, log_scale))
         return (
             densities.normal(x, mean, jnp.exp(log_scale)),
-            densities.normal_log_scale(*images),
             densities.standard_normal(x),
-            densities.normal_log_scale(x, mean, jnp.asarray(0.3)),  # one scale for all pixels
+            densities.normal(x, mean, jnp.asarray(1.3)),  # one scale for all
         )
 
     exact = stats.norm.logpdf(x, mean, np.exp(log_scale)).sum()
-    wide = stats.norm.logpdf(x, mean, np.exp(0.3)).sum()
-    expected = exact, exact, stats.norm.logpdf(x).sum(), wide
+    wide = stats.norm.logpdf(x, mean, 1.3).sum()
+    expected = exact, stats.norm.logpdf(x).sum(), wide
     np.testing.assert_allclose(found(x, mean, log_scale), expected, rtol=1e-5)
+
+
+def test_parameters_of_another_shape_are_refused():
+    """[D] against [D, 1] would be [D, D], and summed without a word."""
+    x, column, image = jnp.arange(3.0), jnp.arange(3.0)[:, None], jnp.zeros((2, 2, 1))
+    for call in (
+        lambda: densities.normal.__wrapped__(x, column, 1.0),
+        lambda: densities.normal.__wrapped__(x, x, column),
+        lambda: densities.bernoulli_logits(x, x[:2]),
+        lambda: densities.discretized_logistic(image, x, image, 2),
+    ):
+        with pytest.raises(ValueError, match=r"needs parameters of .*; got shape \("):
+            call()
+    found = densities.bernoulli_logits(image[..., 0], image)  # of one size, in any shape
+    np.testing.assert_allclose(found, -4 * np.log(2), rtol=1e-6)
 
 
 def test_a_gaussian_draw_comes_with_its_density_and_pathwise_gradient():

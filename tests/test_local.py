@@ -140,7 +140,7 @@ def test_small_steps_are_for_a_flow_that_is_placed(monkeypatch):
     class Taken(Exception):
         pass
 
-    def take(key, posterior, params, rule):
+    def take(key, target, posterior, params, rule):
         taken.append(rule)
         raise Taken
 
@@ -296,6 +296,18 @@ def test_non_finite_likelihoods(rule):
     assert not found.converged[1]
 
 
+def test_a_value_without_a_gradient_is_no_optimum():
+    """Of a missing pixel behind a where the value is right and the gradient NaN: no step can be taken."""
+
+    def log_likelihood(x, z):
+        return jnp.sum(jnp.where(jnp.isfinite(x), -0.5 * (x - z) ** 2, 0.0))
+
+    target = Target(None, Partial(log_likelihood, jnp.asarray([1.5, jnp.nan])), 2)
+    found = optimize_local(jax.random.key(7), target, posteriors.gaussian(2), max_steps=200)
+    assert np.isfinite(found.elbo.log_px)
+    assert not found.converged
+
+
 @pytest.mark.parametrize("name", ["gaussian", "hamiltonian"])
 def test_new_data_compile_nothing(name):
     """Other values of x, of the decoder and of the start run the program that is there."""
@@ -333,6 +345,19 @@ def test_in_float64(xs):
             jax.random.key(8), target, posterior, rule=local._NATURAL, start=start
         )
         np.testing.assert_array_equal(again.elbo.log_px, found.elbo.log_px)
+        params = jax.tree.map(lambda a: a.astype(jnp.float32), posterior.init(jax.random.key(0)))
+        again = optimize_local(jax.random.key(8), target, posterior, params)
+        np.testing.assert_array_equal(again.elbo.log_px, found.elbo.log_px)
+
+
+def test_a_learning_rate_may_be_traced(xs):
+    def first_step(rate):
+        target, posterior = MODEL.target(xs[0]), posteriors.gaussian(4)
+        rule = {"rule": "authors", "learning_rate": rate, "max_steps": 1, "window": 1}
+        return optimize_local(jax.random.key(8), target, posterior, **rule).params["encoded"]
+
+    small, large = (jax.eval_shape(first_step, rate) for rate in (1e-3, 1e-2))
+    assert small == large
 
 
 def test_mistakes_are_named(xs):

@@ -237,8 +237,29 @@ def test_a_dense_gaussian_as_the_base():
     np.testing.assert_array_equal(lower, 0)  # a factorised one leaves nothing of the dense
 
 
+def test_a_gaussian_is_based_where_it_is_at_any_scale():
+    scales = jnp.asarray([1e-6, 1e-4, 1e-2, 1.0, 1e2, 1e6])
+    family = posteriors.full_gaussian(6)
+    params = posteriors.with_gaussian(family.init(jax.random.key(0)), Gaussian(scales, scales))
+    np.testing.assert_allclose(posteriors.gaussian_of(params).scale, scales, rtol=1e-5)
+
+
 def start(posterior, q):
     return jax.jit(lambda q: posteriors.start(jax.random.key(21), posterior, q))(q)
+
+
+def test_a_flow_is_placed_by_one_program():
+    """Its loops would each compile, in every call."""
+    traces = []
+
+    def place(params, q):
+        traces.append(1)
+        return params
+
+    posterior = posteriors.rnvp(2, hidden=(3,))._replace(place=place)
+    for scale in (1.0, 2.0):
+        posteriors.start(jax.random.key(0), posterior, Gaussian(jnp.ones(2), scale * jnp.eye(2)))
+    assert len(traces) == 1
 
 
 def weights_at(params, posterior, model, x):

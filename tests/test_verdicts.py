@@ -141,6 +141,7 @@ def test_few_temperatures_are_inconclusive():
 # Rule by rule: gaps of 12 datapoints that differ by little, errors of a hundredth of a nat.
 DEFAULT = {"elbo": -3.0, "local_gaussian": -2.0, "ais": -1.9}
 FULL = {"local_full_gaussian": -1.2, "ais": -1.0}
+BESIDE = ("_ess", "_acceptance", "_converged")
 
 
 def judged(certificate=None, error=0.01, spoilt=None, number=0, **bounds):
@@ -150,13 +151,11 @@ def judged(certificate=None, error=0.01, spoilt=None, number=0, **bounds):
     made = [
         {"index": n}
         | {name: value + noise[n] for name, value in bounds.items()}
-        | {f"{name}_se": error for name in bounds if not name.endswith(("_ess", "_converged"))}
+        | {f"{name}_se": error for name in DEFAULT | bounds if not name.endswith(BESIDE)}
         for n in range(12)
     ]
     for row in made:
-        for name in ("ais_ess", "local_gaussian_converged", "local_full_gaussian_converged"):
-            if name in bounds:
-                row[name] = bounds[name]
+        row |= {name: value for name, value in bounds.items() if name.endswith(BESIDE)}
     for row in made[:number]:
         row |= spoilt or {}
     parsed = rows.parse(made)
@@ -188,6 +187,7 @@ def judged(certificate=None, error=0.01, spoilt=None, number=0, **bounds):
         (FULL | {"local_gaussian": -2.8, "local_full_gaussian": -1.9}, "family"),
         ({"local_gaussian": -2.45}, "inconclusive (its error)"),
         ({"ais_ess": 1.5}, "inconclusive (log p̂)"),
+        ({"ais_acceptance": 0.0}, "inconclusive (log p̂)"),  # whose chains stand still
         ({"iwae": -1.7}, "inconclusive (log p̂)"),
         ({"iwae": -2.3}, "amortization"),  # below log p̂ it is no witness
         ({"ais": -3.5}, "inconclusive (log p̂)"),
@@ -218,6 +218,31 @@ def test_a_large_error_at_a_datapoint_is_inconclusive_there_alone():
     found = judged(error=1.0)
     assert str(found.model) == "amortization"  # its error is over datapoints
     assert verdicts.count(found.points) == {"inconclusive (its error)": 12}
+
+
+@pytest.mark.parametrize("own", ["full_gaussian", ""])
+def test_the_optimum_of_another_family_than_the_encoders_is_not_blamed(own):
+    """Of q_full or a flow less than L[q] is what L[q*] FFG has to be."""
+    parsed = rows.parse(
+        [{"index": n, "elbo": -2.0, "local_gaussian": -2.6, "ais": -1.9} for n in (0, 1)]
+    )
+    found = gaps.decompose(parsed, own)
+    judged = verdicts.judge(parsed, found)
+    assert verdicts.count(judged.points) == {"inconclusive (the gap is not split)": 2}
+    assert judged.sentences[0].startswith(
+        "Verdict: inconclusive (the gap is not split). The inference gap"
+    )
+    assert "the encoder's own family, named in `families`" in judged.model.advice
+    assert not any("Negative" in note for note in found.notes)
+    assert str(verdicts.judge(parsed, gaps.decompose(parsed, "gaussian")).model) == "optimiser"
+
+
+def test_a_certificate_of_one_point_has_its_monte_carlo_error():
+    parsed = rows.parse([DEFAULT | {"index": n} for n in range(3)])
+    for error, want in ((0.01, "amortization"), (5.0, "inconclusive (the certificate)")):
+        line = gaps.Line(np.array([0.01]), np.array([error]), "difference")
+        certificate = gaps.Certificate(line, [], [])
+        assert str(verdicts.judge(parsed, gaps.decompose(parsed), certificate).model) == want
 
 
 def test_what_cannot_be_said():
