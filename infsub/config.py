@@ -141,7 +141,7 @@ FIELDS = {
     "train.objective": Field("elbo", "iwae is of num_samples", one_of("elbo", "iwae")),
     "train.schedule": Field(
         "constant",
-        "burda: 1e-3·10^(−i/7) for 3^i epochs, i = 0 … 7",
+        "burda: the rate times 10^(−i/7) for 3^i epochs, i = 0 … 7",
         one_of("constant", "cosine", "burda"),
     ),
     "train.learning_rate": Field(1e-3, "at the first step", NOT_NEGATIVE),

@@ -394,7 +394,7 @@ def _on_log_px(lines: dict[str, Line]) -> list[str]:
         lift, log_px = lines[schema.PAPER_LIFT.name], lines[schema.LOG_PX.name]
         means = lines[schema.PAPER_MAX_OF_MEANS.name].mean.mean - log_px.mean.mean
         notes.append(
-            "The paper takes MAX(IWAE, AIS). Of each datapoint it lies "
+            "Cremer et al. 2018 take max(IWAE, AIS) for log p(x). Of each datapoint it lies "
             f"{with_error(lift.mean.mean, lift.error)} nats above log p̂, for IWAE is the larger at "
             f"{np.sum(lift.values > 0)} of {lift.values.size} and the luckier of two noisy bounds is "
             f"no bound; of the means, {means:.2f}."

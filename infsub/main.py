@@ -75,7 +75,10 @@ def explain(argv: list[str], error: Exception) -> str:
     given = [a.partition("=")[2] for a in argv if a.startswith("--config=")]
     overrides = [a[9:].partition("=")[0] for a in argv if a.startswith("--config.")]
     if overrides and not given:
-        return "--config.field=value changes a config file's field: give --config=FILE.py too."
+        return (
+            "--config.field=value changes a config file's field: give --config=FILE.py too, such as "
+            "configs/quickstart.py."
+        )
     if given and not Path(given[-1].partition(":")[0]).is_file():
         return f"--config={given[-1]}: there is no such file."
     if isinstance(error, AttributeError | KeyError):

@@ -12,7 +12,7 @@ nats: of a model's mean the paired error over datapoints, of a datapoint the Mon
 4. optimiser: a is negative beyond, L[q*] is worse than L[q]; or p exceeds a beyond and L[q*] has not
    converged, so that p may be the optimiser's. Where a exceeds p, a longer run can only make it larger.
 5. amortization: a exceeds p beyond.
-6. inconclusive (its error): neither exceeds the other beyond.
+6. inconclusive (which is larger): neither exceeds the other beyond.
 7. family: p exceeds a beyond. Of a Gaussian: (covariance) where the covariance gap exceeds the
    approximation gap of the full Gaussian beyond, (shape) where it falls short of it.
 
@@ -38,7 +38,7 @@ SHARE = 0.1  # of datapoints
 
 _NEXT = {
     "tight": "Inference loses next to nothing: what is left to gain is the model's.",
-    "optimiser": "Optimise longer: more max_steps, or the fast preset.",
+    "optimiser": "Optimise longer: more max_steps, or the thorough preset.",
     "amortization": "Train the encoder longer or widen it, or fit q at each datapoint.",
     "covariance": "Let q have correlations: a full_gaussian, or a flow.",
     "shape": "No Gaussian will do: try a flow, such as rnvp or auxiliary.",
@@ -47,7 +47,7 @@ _NEXT = {
     "log_px": "Take more AIS temperatures or chains, or another start of AIS.",
     "certificate": "Take more AIS temperatures, until the certificate is narrower than the gap.",
     "finite": "Look at this x and at what the model makes of it: a bound is not finite.",
-    "errors": "Take more samples; for the mean, more datapoints.",
+    "errors": "Both gaps are equal within 2 errors: take more samples, for the mean more datapoints.",
     "nothing": "Measure log p̂ and L[q*] of the encoder's own family, named in `families`.",
 }
 
@@ -216,7 +216,7 @@ def _decide(
         if lead.above[n]:
             return Verdict("amortization", "", _NEXT["amortization"])
         if not lead.below[n]:
-            return Verdict("inconclusive", "its error", _NEXT["errors"])
+            return Verdict("inconclusive", "which is larger", _NEXT["errors"])
         if families[0] == "full_gaussian":
             return Verdict("family", "shape", _NEXT["shape"])
         if covariance is None:

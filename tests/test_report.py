@@ -386,6 +386,9 @@ def test_latex_is_well_formed(tmp_path):
         assert len(rows) == 17
         assert text.isascii()
         assert "evaluate.iwae\\_samples=5000" in text
+        caption = re.search(r"\\caption{(.*)}\n\\label{tab:gaps}", text)
+        assert caption
+        assert len(caption[1]) < 400  # settings and verdicts are comments above
     assert re.search(r"\$\\mathbf{-\d+\.\d+\(\d+\)}\$", tables.latex(runs))
 
 

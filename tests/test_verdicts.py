@@ -185,7 +185,7 @@ def judged(certificate=None, error=0.01, spoilt=None, number=0, **bounds):
             "family",
         ),
         (FULL | {"local_gaussian": -2.8, "local_full_gaussian": -1.9}, "family"),
-        ({"local_gaussian": -2.45}, "inconclusive (its error)"),
+        ({"local_gaussian": -2.45}, "inconclusive (which is larger)"),
         ({"ais_ess": 1.5}, "inconclusive (log p̂)"),
         ({"ais_acceptance": 0.0}, "inconclusive (log p̂)"),  # whose chains stand still
         ({"iwae": -1.7}, "inconclusive (log p̂)"),
@@ -217,7 +217,7 @@ def test_what_is_wrong_at_a_tenth_of_the_datapoints_is_of_the_model(spoilt, of_o
 def test_a_large_error_at_a_datapoint_is_inconclusive_there_alone():
     found = judged(error=1.0)
     assert str(found.model) == "amortization"  # its error is over datapoints
-    assert verdicts.count(found.points) == {"inconclusive (its error)": 12}
+    assert verdicts.count(found.points) == {"inconclusive (which is larger)": 12}
 
 
 @pytest.mark.parametrize("own", ["full_gaussian", ""])

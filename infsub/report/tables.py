@@ -255,14 +255,19 @@ def latex(runs: Sequence[LoadedRun]) -> str:
             body.append(r"\midrule")
         body.append(" & ".join(cells) + r" \\")
     counts = [str(len(run.indices)) for run in runs]
-    caption = [f"Where inference loses its nats, averages a datapoint. {ERRORS}", *settings(runs)]
-    caption += [*runs[0].verdicts.sentences, *runs[0].notes] if len(runs) == 1 else []
+    caption = f"Where inference loses its nats, averages a datapoint. {ERRORS}"
+    beside = [
+        *settings(runs),
+        *(note for run in runs for note in (*run.verdicts.sentences, *run.notes)),
+    ]
     return "\n".join(
         [
             r"% \usepackage{booktabs}",
+            *(f"% {_escape(line)}" for line in beside),
             r"\begin{table}",
             r"\centering",
-            rf"\caption{{{_escape(' '.join(caption))}}}",
+            rf"\caption{{{_escape(caption)}}}",
+            r"\label{tab:gaps}",
             rf"\begin{{tabular}}{{l{'r' * len(runs)}}}",
             r"\toprule",
             " & ".join(["nats", *(_escape(run.name) for run in runs)]) + r" \\",
