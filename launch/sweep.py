@@ -263,8 +263,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print what would be submitted")
     options = parser.parse_args(given[:cut])
-    if options.shards < 1:
-        parser.error(f"--shards={options.shards} must be at least 1")
+    for name in ("shards", "parallel"):
+        if (number := getattr(options, name)) < 1:
+            parser.error(f"--{name}={number} must be at least 1")
     jobs = plan(options.config, options.seeds, options.shards, options.workdir, overrides)
     asked = parameters(options)
     if options.dry_run:

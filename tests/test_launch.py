@@ -94,6 +94,7 @@ def test_a_mistake_is_a_sentence(tmp_path):
         (["--config=nothere.py"], "--config=nothere.py: there is no such file"),
         ([f"--config={TINY}"], "two configs are called tiny-seed_0"),
         (["--shards=0"], "--shards=0 must be at least 1"),
+        (["--cluster=local", "--parallel=0"], "--parallel=0 must be at least 1"),
         (["--slurm=gpu"], "'gpu' is not NAME=VALUE"),
         (["--seeds=3-1"], "'3-1' names no seed"),
         ([f"--config={ROOT}/configs/model.py:postrior=ffg"], "postrior"),
