@@ -63,7 +63,8 @@ def parse(coordinator: str, shard: Shard, environment: Mapping[str, str]) -> Tea
             raise UserError(f"--coordinator={coordinator} is no HOST:PORT of process 0.")
     if shard != WHOLE:
         return Team(shard, coordinator) if coordinator else None
-    if found := _slurm(environment) or _open_mpi(environment):
+    # mpirun starts its daemons by srun, whose variables its ranks then have too; jax asks in this order.
+    if found := _open_mpi(environment) or _slurm(environment):
         if not (coordinator or found.coordinator):
             raise UserError(
                 "several tasks of Open MPI train together, and it does not say where the first one is: "

@@ -57,6 +57,12 @@ TEAMS = {
         Team(Shard(3, 4), "[fe80::1]:61441", "ompi"),
     ),
     "Open MPI 5": ("a:1", WHOLE, MPI, Team(Shard(3, 4), "a:1")),
+    "Open MPI, whose daemons srun has started": (
+        "",
+        WHOLE,
+        nodes("b,c") | MPI | {"OMPI_MCA_orte_hnp_uri": URI},
+        Team(Shard(3, 4), f"10.96.0.1:{61440 + 373920 % 4096}", "ompi"),
+    ),
 }
 
 
