@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,6 +39,10 @@ NOT_IDENTITY = (
     "evaluate",
     "report",
 )
+
+
+# What lies somewhere; data.dir has a default of its own.
+_PATHS = ("init_from", "evaluate.indices_file")
 
 
 class Rule(NamedTuple):
@@ -294,6 +299,8 @@ def resolve(config: Config) -> Config:
         if not isinstance(value, kind) or (rule and not rule.holds(value)):
             wanted = rule.wanted if rule else f"of type {kind.__name__}"
             raise UserError(f"config.{name} is {value!r}; it must be {wanted}.")
+    # No shell knows that the value of a flag is a path.
+    config.update_from_flattened_dict({name: os.path.expanduser(values[name]) for name in _PATHS})
     if config.train.freeze == "decoder" and not config.init_from:
         raise UserError(
             "config.train.freeze=decoder would freeze an untrained decoder; "

@@ -141,7 +141,7 @@ def _unless_known(hook: Callable[[Any], None], raised: Any) -> None:
 
 def main(_: list[str]) -> int:
     """Does what --mode says; the exit code."""
-    workdir = Path(WORKDIR.value)
+    workdir = Path(os.path.expanduser(WORKDIR.value))
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
         hush()

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import os
 import shutil
 import sys
 import time
@@ -302,8 +303,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m infsub.published",
         description="Packs the experiments of a workdir to publish them.",
     )
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="of experiments")
-    parser.add_argument("--out", default=FOLDER, metavar="DIR", help=f"default: {FOLDER}")
+    parser.add_argument(
+        "--workdir", type=os.path.expanduser, required=True, metavar="DIR", help="of experiments"
+    )
+    parser.add_argument(
+        "--out", type=os.path.expanduser, default=FOLDER, metavar="DIR", help=f"default: {FOLDER}"
+    )
     parser.add_argument(
         "--weights", default="", metavar="RUN,RUN", help="folders of runs/ whose weights go along"
     )

@@ -246,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m launch.sweep", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--config", action="append", required=True, metavar="FILE.py[:arg]")
-    parser.add_argument("--workdir", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--workdir", type=os.path.expanduser, required=True, metavar="DIR")
     parser.add_argument("--seeds", type=_seeds, default=[0], metavar="0-3,7")
     parser.add_argument("--shards", type=int, default=1, metavar="N", help="of each evaluation")
     parser.add_argument("--cluster", choices=("slurm", "local"), default="slurm")
@@ -266,14 +266,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("shards", "parallel"):
         if (number := getattr(options, name)) < 1:
             parser.error(f"--{name}={number} must be at least 1")
-    jobs = plan(options.config, options.seeds, options.shards, options.workdir, overrides)
+    workdir = Path(options.workdir)
+    jobs = plan(options.config, options.seeds, options.shards, workdir, overrides)
     asked = parameters(options)
     if options.dry_run:
         print("\n".join(describe(job, asked) for job in jobs))
         return 0
     if importlib.util.find_spec("submitit") is None:
         sys.exit("launch.sweep: submitit is not installed: pip install 'infsub[cluster]'")
-    folder = options.workdir / "jobs"
+    folder = workdir / "jobs"
     if options.cluster == "local":
         states = run_local(jobs, folder, asked, options.parallel)
         return int(set(states.values()) != {"done"})

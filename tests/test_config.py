@@ -94,6 +94,14 @@ def test_an_evaluation_may_be_called(name):
     assert config.resolve(changed({"evaluate.name": name})).evaluate.name == name
 
 
+def test_a_tilde_is_the_users_home(monkeypatch):
+    """No shell expands that of --config.init_from=~/run."""
+    monkeypatch.setenv("HOME", "/home/me")
+    made = config.resolve(changed({"init_from": "~/run", "evaluate.indices_file": "~/some"}))
+    assert made.init_from == "/home/me/run"
+    assert made.evaluate.indices_file == "/home/me/some"
+
+
 def test_the_table_is_the_config():
     made = dict(config.flatten(config.default()))
     assert made == {name: field.default for name, field in config.FIELDS.items()}

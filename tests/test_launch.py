@@ -106,6 +106,12 @@ def test_a_mistake_is_a_sentence(tmp_path):
         assert "Traceback" not in done.stderr
 
 
+def test_a_tilde_is_the_users_home(monkeypatch, capsys):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert sweep.main([f"--config={TINY}", "--workdir=~/sweep", "--dry-run"]) == 0
+    assert "--workdir=/home/me/sweep/tiny-seed_0 " in capsys.readouterr().out
+
+
 FAKE_SBATCH = """#!/bin/sh
 number=$(ls {folder} | grep -c job)
 cp "$1" {folder}/job$number

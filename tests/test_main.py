@@ -158,6 +158,10 @@ MISTAKES = {
     "not trained": (["W", QUICK, "--mode=evaluate"], "holds no run"),
     "not evaluated": (["W", "--mode=report"], "holds no run"),
     "no status": (["W", "--mode=status"], "holds no run"),
+    "nothing at home": (
+        ["--workdir=~/nowhere", "--mode=status"],
+        f"{re.escape(os.path.expanduser('~'))}/nowhere holds no run",
+    ),
 }
 
 

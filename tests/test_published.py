@@ -222,6 +222,12 @@ def test_what_cannot_be_published_is_not(workdir, out, tmp_path, monkeypatch, ca
     assert not (tmp_path / "out").exists()
 
 
+def test_a_tilde_is_the_users_home(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert published.main(["--workdir=~/none", "--out=~/out"]) == 2
+    assert f"--workdir={tmp_path}/none holds nothing" in capsys.readouterr().err
+
+
 def test_a_workdir_is_not_published_in(workdir, out, tmp_path, capsys):
     """Else what is not done in it would be removed, as what nobody shows is."""
     copy = shutil.copytree(workdir, tmp_path / "paper")

@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import io
 import json
+import os
 import re
 
 import numpy as np
@@ -707,3 +708,10 @@ def test_a_torn_last_row_and_rows_evaluated_twice(tmp_path):
     run = load_run(str(tmp_path))
     assert run.indices.tolist() == [7 * n for n in range(N)]
     assert run.lines["elbo"].values[5] == -300
+
+
+def test_a_tilde_is_the_users_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(command, "join", lambda workdirs, out: os.mkdir(out))
+    assert command.main(["--workdirs", "run", "--out=~/tables"]) == 0
+    assert (tmp_path / "tables").exists()

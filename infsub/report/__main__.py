@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -19,7 +20,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--workdirs", nargs="+", required=True, metavar="DIR", help="runs, each DIR or NAME=DIR"
     )
     parser.add_argument(
-        "--out", default="report", metavar="DIR", help="folder to write into (default: report)"
+        "--out",
+        type=os.path.expanduser,
+        default="report",
+        metavar="DIR",
+        help="folder to write into (default: report)",
     )
     given = parser.parse_args(arguments)
     try:
