@@ -226,8 +226,11 @@ def run(
 
     if config.model.imported and mode != "report":
         imported.claim(config, workdir, mode)
-    elif mode == "evaluate" and config.init_from and not (workdir / "config.json").exists():
-        published.claim(config, workdir)
+    elif mode == "evaluate" or (mode == "run" and published.is_trained(config, workdir)):
+        if config.init_from and not (workdir / "config.json").exists():
+            published.claim(config, workdir)
+        if mode == "run":
+            files.say(f"nothing is trained: the weights are those of {config.init_from}.")
     elif mode in ("run", "train"):
         with processes.joined(team):
             train.train(config, workdir, 0.0 if team or shard == shards.WHOLE else math.inf)

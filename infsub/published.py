@@ -114,6 +114,23 @@ def config(run: str, folder: Path = FOLDER) -> configs.Config:
     return found.lock()
 
 
+def is_trained(config: configs.Config, workdir: Path | None = None) -> bool:
+    """Whether config.init_from has published weights of this very config, and `workdir` no others."""
+    source = Path(config.init_from)
+    return (
+        bool(config.init_from)
+        and (source / checkpoints.WEIGHTS).exists()
+        and not (workdir and (workdir / "checkpoints").exists())
+        and not _differences(config, records.read_run(source))
+    )
+
+
+def _differences(config: configs.Config, run: dict[str, Any]) -> list[str]:
+    before = configs.completed(run["identified"])
+    data, initial = before["data identity"], before["initial weights"]
+    return configs.differences(before, configs.identified(config, data, initial))
+
+
 def claim(config: configs.Config, workdir: Path) -> None:
     """Makes `workdir` a copy of the run config.init_from, published or not, with its best weights.
 
@@ -124,9 +141,7 @@ def claim(config: configs.Config, workdir: Path) -> None:
     """
     source = Path(config.init_from)
     run = records.read_run(source)
-    before = configs.completed(run["identified"])
-    data, initial = before["data identity"], before["initial weights"]
-    if differing := configs.differences(before, configs.identified(config, data, initial)):
+    if differing := _differences(config, run):
         raise UserError(
             f"config.init_from={source} holds the weights of another config: {'; '.join(differing)}. "
             "Give the config that it was made with; configs/published.py has those that are published."

@@ -88,8 +88,9 @@ def plan(
 ) -> list[Job]:
     """The jobs, each after those that it needs.
 
-    A run is trained, then evaluated in shards, then reported: of all that is there, and of what is
-    missing. An experiment's shards share its cells. Several runs are joined in one table at the end.
+    A run is trained, unless its weights are there already, then evaluated in shards, then reported: of
+    all that is there, and of what is missing. An experiment's shards share its cells. Several runs are
+    joined in one table at the end.
 
     Raises:
       SystemExit: two configs of one name.
@@ -97,6 +98,7 @@ def plan(
     jobs: list[Job] = []
     folders: dict[str, Path] = {}
     for file in config_files:
+        kind = _kind(file, overrides)
         for seed in seeds:
             name = f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', _stem(file))}-seed_{seed}"
             if name in folders:
@@ -106,10 +108,10 @@ def plan(
             folder = folders[name] = workdir / name
             base = _infsub("main", f"--config={file}", f"--workdir={folder}")
             base += (*overrides, f"--config.seed={seed}")
-            mode, needs = "run", ()
-            if not _is_experiment(file):
+            mode, needs = ("run" if kind == "experiment" else "evaluate"), ()
+            if kind == "run":
                 jobs.append(Job(f"{name}-train", (*base, "--mode=train")))
-                mode, needs = "evaluate", (jobs[-1].name,)
+                needs = (jobs[-1].name,)
             parts = []
             for index in range(num_shards):
                 shard = f"{index}/{num_shards}"
@@ -118,7 +120,7 @@ def plan(
             jobs += parts
             ended = tuple(part.name for part in parts)
             jobs.append(Job(f"{name}-report", (*base, "--mode=report"), ended, "afterany"))
-    if len(folders) > 1 and not any(map(_is_experiment, config_files)):
+    if len(folders) > 1 and "experiment" not in [_kind(f, overrides) for f in config_files]:
         reports = tuple(f"{name}-report" for name in folders)
         runs = [f"{name}={folder}" for name, folder in folders.items()]
         command = _infsub("report", f"--out={workdir / 'report'}", "--workdirs", *runs)
@@ -136,8 +138,21 @@ def _stem(file: str) -> str:
     return "-".join(filter(None, [Path(path).stem, argument.replace("=", "_")]))
 
 
-def _is_experiment(file: str) -> bool:
-    """Whether a config file is of an experiment, whose cells train and evaluate by themselves."""
+def _is_trained(config: Any, overrides: Sequence[str]) -> bool:
+    """Whether there are weights already: of a model of one's own, or of a published one."""
+    own = ("--config.model.import=", "--config.model.imported=")
+    if config.model.imported or any(override.startswith(own) for override in overrides):
+        return True
+    if not config.init_from:
+        return False
+    from infsub import published  # flax and orbax: not for other sweeps
+    from infsub.config import resolve
+
+    return published.is_trained(resolve(config))
+
+
+def _kind(file: str, overrides: Sequence[str]) -> str:
+    """ "experiment", whose cells train and evaluate by themselves; "trained"; or "run", to be trained."""
     path, _, argument = file.partition(":")
     spec = importlib.util.spec_from_file_location("config_of_sweep", path)
     if spec is None or spec.loader is None or not Path(path).is_file():
@@ -145,7 +160,10 @@ def _is_experiment(file: str) -> bool:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        return "experiment" in module.get_config(*filter(None, [argument]))
+        config = module.get_config(*filter(None, [argument]))
+        if "experiment" in config:
+            return "experiment"
+        return "trained" if _is_trained(config, overrides) else "run"
     except Exception as error:  # a config file may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         sys.exit(f"launch.sweep: --config={file}: {reason}")

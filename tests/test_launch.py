@@ -58,6 +58,31 @@ def test_a_sweep_is_every_run_trained_evaluated_in_shards_and_reported(tmp_path)
     assert named["join"].needs == ("tiny-seed_0-report", "tiny-seed_3-report")
 
 
+WEIGHTS = min(ROOT.glob("configs/paper/results/runs/*/weights.npz")).parent
+PUBLISHED = min(WEIGHTS.glob("*/evaluation.json")).parent.relative_to(WEIGHTS.parent)
+
+
+@pytest.mark.parametrize(
+    ("config", "overrides"),
+    [
+        (f"{ROOT}/configs/published.py:run={PUBLISHED}", []),
+        (TINY, ["--config.model.import=my_module:build"]),
+        ("own.py", []),
+    ],
+)
+def test_what_is_trained_already_is_not_trained(tmp_path, config, overrides):
+    own = tmp_path / "own.py"
+    own.write_text(Path(TINY).read_text().replace(
+        "return config", "config.model.imported = 'my_module:build'; return config", 1
+    ))  # fmt: skip
+    jobs = sweep.plan([config.replace("own.py", str(own))], [0], 2, tmp_path, overrides)
+    assert [re.sub(".*seed_0-", "", job.name) for job in jobs] == [
+        "evaluate-0-of-2", "evaluate-1-of-2", "report",
+    ]  # fmt: skip
+    assert [job.needs for job in jobs[:2]] == [(), ()]
+    assert "--mode=evaluate" in jobs[0].command
+
+
 def test_shards_of_an_experiment_share_its_cells(tmp_path):
     config = str(ROOT / "configs/paper/test_set.py")
     jobs = sweep.plan([config], [0], 3, tmp_path)

@@ -10,7 +10,18 @@ import numpy as np
 import pytest
 import tiny
 
-from infsub import checkpoints, experiments, files, main, published, records, shards
+from infsub import (
+    checkpoints,
+    evaluate,
+    experiments,
+    files,
+    main,
+    published,
+    records,
+    report,
+    shards,
+    train,
+)
 from infsub import config as configs
 from infsub.report.runs import load_run
 from infsub.types import UserError
@@ -147,6 +158,31 @@ def test_measured_again_from_its_weights_it_is_the_same(workdir, out, tmp_path, 
     assert again == before
     assert len(before["weights"]) == 16
     main.run("report", published.config(run, out), tmp_path / "again")
+
+
+def test_a_run_of_it_trains_nothing(tmp_path, monkeypatch, capsys):
+    """But one with another setting starts from its weights, and trains, as --mode=train does."""
+    trained = []
+    monkeypatch.setattr(train, "train", lambda config, *_: trained.append(config))
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_: [])
+    monkeypatch.setattr(report, "report", lambda *_: None)
+    results = Path(__file__).parent.parent / published.FOLDER
+    weights, *_ = sorted(results.glob(f"runs/*/{checkpoints.WEIGHTS}"))
+    evaluation, *_ = sorted(weights.parent.glob("*/evaluation.json"))
+    place = evaluation.parent.relative_to(results / "runs").as_posix()
+    config = configs.resolve(published.config(place, results))
+    for _ in range(2):
+        main.run("run", config, tmp_path / "again")
+        assert checkpoints.load_variables(tmp_path / "again")[1] > 0
+    assert capsys.readouterr().err.count("nothing is trained: the weights are those of") == 2
+    assert not trained
+    main.run("train", config, tmp_path / "more")
+    (tmp_path / "more" / "checkpoints").mkdir(parents=True)
+    main.run("run", config, tmp_path / "more")  # it goes on
+    longer = config.copy_and_resolve_references().unlock()
+    longer.train.num_epochs += 1
+    main.run("run", longer, tmp_path / "longer")
+    assert trained == [config, config, longer]
 
 
 def test_other_weights_are_not_mixed_with_these_rows(workdir, out, tmp_path):
