@@ -1,14 +1,16 @@
 """One owner: who writes into a folder holds a lock there, which says who that is.
 
-The lock itself is the operating system's (flock, by filelock): it ends with its process, however that
-ends, so nothing has to be cleaned up after a `kill -9`. Beside it lies a note for people, with host,
-process, time and command, whose time of change is the owner's sign of life. On file systems that do
-not carry flock from host to host (some NFS), that sign is what keeps a second host out.
+The lock itself is the operating system's (flock): it ends with its process, however that ends, so
+nothing has to be cleaned up after a `kill -9`. Beside it lies a note for people, with host, process, time
+and command, whose time of change is the owner's sign of life. On file systems that do not carry flock
+from host to host (some NFS), or that have none (Lustre), that sign is what keeps others out.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import functools
 import math
 import os
@@ -19,9 +21,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-from filelock import FileLock, Timeout
+from typing import IO, Any
 
 from infsub import signals
 from infsub.files import aside, duration, is_full, read_json, say, write_json
@@ -33,6 +33,7 @@ MOMENT = 10.0  # seconds within which who only looks, or notes something, is don
 _NOTE: dict[str, type] = {"host": str, "pid": int, "since": str, "command": str}
 _JOBS = ("SLURM_JOB_ID", "JOB_COMPLETION_INDEX", "SKYPILOT_TASK_ID")  # set in a scheduler's job
 CONFIRMED = 1.0  # seconds after which another host's note would be seen
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 POLL = 1.0  # seconds between two looks at a lock that is waited for
 
 
@@ -63,10 +64,8 @@ def owned(folder: Path, activity: str, patience: float = 0.0) -> Iterator[None]:
       UserError: the folder cannot be written to.
     """
     note = folder / f".{activity}.json"
-    lock = FileLock(folder / f".{activity}.lock", timeout=0)
-    _acquire(folder, activity, lock, note, patience)
     ended = threading.Event()
-    try:
+    with _acquire(folder, activity, note, patience):
         # A signal leaves no note that would hold up the same job on another host.
         ending = signals.at_end(functools.partial(note.unlink, missing_ok=True))
         threading.Thread(target=_show_life, args=(note, ended), daemon=True).start()
@@ -76,15 +75,13 @@ def owned(folder: Path, activity: str, patience: float = 0.0) -> Iterator[None]:
             ended.set()
             ending()
             note.unlink(missing_ok=True)
-    finally:
-        lock.release()
 
 
-def _acquire(folder: Path, activity: str, lock: FileLock, note: Path, patience: float) -> None:
+def _acquire(folder: Path, activity: str, note: Path, patience: float) -> IO[bytes]:
     start, told, owner = time.monotonic(), False, None
     while True:
         try:
-            return _try(folder, activity, lock, note)
+            return _try(folder, activity, note)
         except Held as error:
             if error.owner and error.owner != owner:
                 start, owner = time.monotonic(), error.owner
@@ -103,32 +100,65 @@ def _in_a_job() -> bool:
     return any(name in os.environ for name in _JOBS)
 
 
-def _try(folder: Path, activity: str, lock: FileLock, note: Path) -> None:
+def _try(folder: Path, activity: str, note: Path) -> IO[bytes]:
+    """The file that holds the lock until it is closed."""
+    with contextlib.ExitStack() as unless_owned:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = unless_owned.enter_context((folder / f".{activity}.lock").open("ab"))
+            locked = _lock(lock)
+        except BlockingIOError:
+            owner = _read(note)
+            raise Held(_held(folder, activity, owner, alive=True), owner) from None
+        except OSError as error:
+            if is_full(error):
+                raise
+            raise UserError(
+                f"--workdir={folder} cannot be written to ({error.strerror}): give another one."
+            ) from error
+        before = _read(note)
+        owner = before if before and _may_live(before, note, locked) else None
+        if owner is None:
+            mine = _here()
+            write_json(note, mine)
+            if not locked or _in_a_job():
+                # Two that start at once have both found nobody: the last one owns.
+                time.sleep(CONFIRMED)
+                owner = now if (now := _read(note)) != mine else None
+        if owner is not None:
+            here = owner["host"] == socket.gethostname()
+            raise Held(_held(folder, activity, owner, alive=here), owner, silent=not here)
+        unless_owned.pop_all()
+        return lock
+
+
+def _lock(file: IO[bytes]) -> bool:
+    """Locks the file; whether its file system knows locks. Raises BlockingIOError: another has it."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout:
-        owner = _read(note)
-        raise Held(_held(folder, activity, owner, alive=True), owner) from None
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if is_full(error):
+        if error.errno not in _NO_LOCKS:
             raise
-        raise UserError(
-            f"--workdir={folder} cannot be written to ({error.strerror}): give another one."
-        ) from error
-    before = _read(note)
-    other = before if before and before["host"] != socket.gethostname() else None
-    if not (other and _age(note) < PRESUMED_DEAD):
-        mine = _here()
-        write_json(note, mine)
-        if not _in_a_job():
-            return
-        # Two hosts that start at once have both found nobody: the last one owns.
-        time.sleep(CONFIRMED)
-        other = now if (now := _read(note)) != mine else None
-    if other:
-        lock.release()
-        raise Held(_held(folder, activity, other, alive=False), other, silent=True)
+        return False
+    return True
+
+
+def _may_live(owner: dict[str, Any], note: Path, locked: bool) -> bool:
+    """Whether the process of a note, which is not this one, may be at it still."""
+    if owner["host"] == socket.gethostname() and (locked or not _runs(owner["pid"])):
+        return False
+    return _age(note) < PRESUMED_DEAD
+
+
+def _runs(pid: int) -> bool:
+    """Whether another process here has this number."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:  # another user's
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return pid != os.getpid()
 
 
 def refuse_others(folder: Path, activities: str, patience: float = 0.0) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
 import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -167,6 +170,57 @@ def test_of_two_hosts_that_start_at_once_the_last_to_say_so_owns(tmp_path, monke
     with pytest.raises(UserError, match="process 7 on elsewhere"):
         locks.owned(tmp_path, "training").__enter__()
     assert json.loads(note.read_text()) == other  # it is the other's, and stays
+
+
+@pytest.fixture(params=["ENOSYS", "ENOLCK", "EOPNOTSUPP"])
+def no_locks(request, tmp_path, monkeypatch):
+    """A file system without flock, on which a process has left what it had, with a note of it."""
+
+    def refuse(*_):
+        raise OSError(getattr(errno, request.param), "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(locks, "CONFIRMED", 0.01)
+    (tmp_path / ".training.lock").write_text("7\nelsewhere\n")
+
+    def leave(host, pid, age=0.0):
+        owner = {"host": host, "pid": pid, "since": "noon", "command": "infsub"}
+        files.write_json(tmp_path / ".training.json", owner)
+        os.utime(tmp_path / ".training.json", (time.time() - age,) * 2)
+
+    return leave
+
+
+@pytest.mark.parametrize("age", [0.0, locks.PRESUMED_DEAD + 1])
+def test_without_flock_the_note_tells_who_lives_elsewhere(tmp_path, no_locks, age):
+    no_locks("elsewhere", 7, age)
+    expected = contextlib.nullcontext()
+    if not age:
+        expected = pytest.raises(locks.Held, match=r"process 7 on elsewhere .* after 2 min 0 s")
+    with expected as refusal, locks.owned(tmp_path, "training"):
+        assert json.loads((tmp_path / ".training.json").read_text())["pid"] == os.getpid()
+    assert age or (refusal and refusal.value.silent)
+
+
+def test_without_flock_the_system_tells_who_runs_here(tmp_path, no_locks):
+    """One that does is refused at once, in a job too; a killed one, or its number again, is nobody."""
+    no_locks(socket.gethostname(), os.getppid())
+    with pytest.raises(locks.Held, match=r"wait until it ends, or stop it") as refusal:
+        locks.owned(tmp_path, "training").__enter__()
+    assert not refusal.value.silent
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    for pid, age in ((ended.pid, 0.0), (os.getppid(), locks.PRESUMED_DEAD + 1), (os.getpid(), 0.0)):
+        no_locks(socket.gethostname(), pid, age)
+        with locks.owned(tmp_path, "training"):
+            pass
+
+
+def test_without_flock_the_last_of_two_that_start_at_once_owns(tmp_path, no_locks, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda _: no_locks("elsewhere", 7))  # meanwhile
+    with pytest.raises(UserError, match="process 7 on elsewhere"):
+        locks.owned(tmp_path, "training").__enter__()
+    assert json.loads((tmp_path / ".training.json").read_text())["pid"] == 7  # it stays
 
 
 def test_a_signal_leaves_no_note(tmp_path):
