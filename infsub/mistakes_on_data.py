@@ -133,33 +133,35 @@ def fit(on: OnData, data: Any, size: int) -> Seen:
         "curvature of log_likelihood by that of q, on xs": agreement,
         "(scale · E_q[∇ log p(x, z)])², on xs": shift,
     }
-    whole = [leaf for leaf in jax.tree.leaves(data) if _bytes_like(leaf)]
-    bytes_given = cause = "xs holds 0…255 and is to be divided by 255"
+    whole = any(_bytes_like(leaf) for leaf in jax.tree.leaves(data))
+    is_far = reach.value - NUM_ERRORS * reach.standard_error > 4
+    is_off = shift.value - NUM_ERRORS * shift.standard_error > 2
+    causes = {
+        f"log_likelihood is averaged over the {size} values of x": agreement.value * size,
+        "scale is a variance": factor(np.sqrt(np.abs(scale))).value,
+        "log_likelihood is a loss, its sign is turned": -agreement.value,
+    }
+    cause, value = min(causes.items(), key=lambda c: abs(math.log(c[1])) if c[1] > 0 else np.inf)
+    # Counts, for which q is fitted: what explains its curvature so closely is no chance.
+    if agreement.outside(0.25, 4) and 0.8 < value < 1.25 and not (is_far or is_off):
+        whole = False
     if whole and np.mean(on.elbo) > 0:
         statistic, what = mean(wide(on.elbo)), "the ELBO, of whole numbers, above 0,"
-    elif reach.value - NUM_ERRORS * reach.standard_error > 4:
+    elif is_far:
         statistic, what = reach, "score² / curvature of log p(z) at q's draws"
         cause = "the encoder sees x on another scale than in its training, or is not trained"
-    elif shift.value - NUM_ERRORS * shift.standard_error > 2:
+    elif is_off:
         statistic, what = shift, "(scale · gradient)² at q, below 1 as a rule,"
         cause = "the encoder is not for this decoder, sees x on another scale, or is not trained"
     elif agreement.outside(0.25, 4):
         statistic, what = agreement, "curvature / (1/scale² − the prior's)"
-        causes = {
-            f"log_likelihood is averaged over the {size} values of x": agreement.value * size,
-            "scale is a variance": factor(np.sqrt(np.abs(scale))).value,
-            "log_likelihood is a loss, its sign is turned": -agreement.value,
-        }
-        cause, value = min(
-            causes.items(), key=lambda c: abs(math.log(c[1])) if c[1] > 0 else np.inf
-        )
         if not 0.4 < value < 2.5:
             cause = "log_likelihood is a multiple of a log density, or scale no standard deviation"
     else:
         return [], numbers
     level, name = "error" if statistic is agreement else "warning", "fit"
     if whole:
-        level, name, cause = "error", "pixels", bytes_given
+        level, name, cause = "error", "pixels", "xs holds 0…255 and is to be divided by 255"
     right = f" ({statistic.expected:g} is right)" if np.isfinite(statistic.expected) else ""
     sentence = (
         f"q(z|x) and p(x, z) contradict each other on xs: {what} is {statistic}{right}; most likely "

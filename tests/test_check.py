@@ -342,6 +342,60 @@ def test_bytes_show_without_sample_x():
     assert names(check) == {"pixels"}
 
 
+class Counts(NamedTuple):
+    """z ~ N(0, I), independent counts x of rates exp(w z + 3)."""
+
+    weight: jax.Array  # [X, D]
+    factor: float = 1.0  # times the log likelihood
+    power: float = 1.0  # of the scale
+
+    def log_likelihood(self, x, z):
+        log_rate = self.weight @ z + 3
+        return jnp.sum(x * log_rate - jnp.exp(log_rate) - jax.scipy.special.gammaln(x + 1))
+
+    def encode(self, x):
+        """The mode and the curvature of p(z|x), by Newton's steps."""
+
+        def precision(z):
+            return jnp.eye(z.size) + (self.weight.T * jnp.exp(self.weight @ z + 3)) @ self.weight
+
+        def step(_, z):
+            gradient = z - self.weight.T @ (x - jnp.exp(self.weight @ z + 3))
+            return z - jnp.linalg.solve(precision(z), gradient)
+
+        mode = jax.lax.fori_loop(0, 8, step, jnp.zeros(self.weight.shape[1]))
+        return Gaussian(mode, jnp.diag(precision(mode)) ** (-0.5 * self.power))
+
+
+def times_factor(params, x, z):
+    return params.factor * params.log_likelihood(x, z)
+
+
+COUNTS = Model(2, Counts.encode, times_factor)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"factor": 1 / 30}, "averaged over the 30 values"),
+        ({"factor": -1.0}, "a loss"),
+        ({"power": 2.0}, "a variance"),
+        ({}, ""),
+    ],
+    ids=str,
+)
+def test_counts_are_no_bytes(change, words):
+    """Whole numbers up to 70 or so; what is wrong is what explains the curvature."""
+    rng = np.random.default_rng(0)
+    weight = np.linalg.qr(rng.normal(size=(30, 2)))[0].astype(np.float32)
+    xs = rng.poisson(np.exp(rng.normal(size=(200, 2)) @ weight.T + 3))
+    assert 50 < xs.max() <= 255
+    check = infsub.check(jax.random.key(0), COUNTS, Counts(weight, **change), xs.astype(np.float32))
+    assert names(check) == ({"fit"} if words else set())
+    assert words in check.findings[0].sentence
+    assert "255" not in str(check)
+
+
 def test_an_encoder_in_training_mode():
     model, params = NORMAL
     rng = np.random.default_rng(0)
