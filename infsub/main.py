@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -155,6 +156,8 @@ def main(_: list[str]) -> int:
             raise UserError(
                 f"{who} for --mode={' and '.join(shared)}; {MODE.value} is of the whole."
             )
+        if MODE.value in ("run", "train", "evaluate") and team is None:
+            find_device()
         if MODE.value == "status":
             print(experiments.status(workdir) or records.status(workdir))
         elif "experiment" in (CONFIG.value or {}):
@@ -187,10 +190,32 @@ def main(_: list[str]) -> int:
             files.say(f"{where} cannot be used ({error.strerror}): mend or remove it.")
         elif isinstance(error, MemoryError):
             files.say(f"{error or 'out of memory'}; all whole rows are kept.")
+        elif "RESOURCE_EXHAUSTED" in str(error):  # an evaluation halves its blocks first
+            files.say(
+                "out of memory: take less of config.train.batch_size, num_samples, validation_samples or "
+                "num_seeds, in another --workdir; the last checkpoint and all whole rows are kept."
+            )
         else:
             raise
         return 1
     return 0
+
+
+def find_device() -> None:
+    """Raises UserError where there is no device of the kind that JAX_PLATFORMS asks for.
+
+    Not in a team, whose processes find their devices together.
+    """
+    asked = os.environ.get("JAX_PLATFORMS")
+    try:
+        if asked:
+            jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split()) or "there is no plugin for it"
+        raise UserError(
+            f"JAX_PLATFORMS={asked} asks for a device that jax does not find here ({reason}): leave it out, "
+            "or install what it needs, for CUDA pip install 'infsub[cuda13]'."
+        ) from error
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -535,6 +536,38 @@ def test_what_the_system_refuses_is_a_sentence(whole, tmp_path):
     assert code == 1
     assert re.search(r"tensorboard\S* cannot be used \(.*\): mend or remove it\.", sentences[-1])
     assert os.path.isfile(workdir / "tensorboard")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [AssertionError(), RuntimeError("Unable to initialize backend 'cuda':\nno such device")],
+)
+def test_a_device_that_is_not_there_is_a_sentence(tmp_path, monkeypatch, error):
+    def find():
+        raise error
+
+    monkeypatch.setattr(jax, "devices", find)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    for mode in ("run", "train", "evaluate"):
+        code, (sentence,) = run(tmp_path / "run", mode)
+        assert code == 2
+        assert sentence.startswith(
+            "JAX_PLATFORMS=cuda asks for a device that jax does not find here"
+        )
+        assert "\n" not in sentence
+        assert str(error)[-14:] in sentence
+    assert run(tmp_path / "run", "report")[1] != [sentence]  # it computes nothing
+
+
+def test_a_device_without_room_for_the_training_is_a_sentence(tmp_path, monkeypatch):
+    def run_out(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+    monkeypatch.setattr(main, "run", run_out)
+    monkeypatch.setattr(main.records, "read_config", lambda _: configs.default())
+    code, (sentence,) = run(tmp_path / "run", "train")
+    assert code == 1
+    assert re.search(r"take less of config\.train\.batch_size, .* checkpoint .* kept", sentence)
 
 
 def test_out_of_memory_is_a_sentence(whole, monkeypatch, capsys):
