@@ -20,7 +20,7 @@ import time
 import numpy as np
 import pytest
 
-from infsub import data
+from infsub import data, locks
 from infsub.data import prepare
 from infsub.types import UserError
 
@@ -272,6 +272,39 @@ def test_a_failed_download_is_a_sentence_within_seconds_and_leaves_nothing_that_
         assert resumed > 100
     else:
         assert resumed == 0
+
+
+def test_of_two_at_once_the_second_waits_and_finds_it_done(server, tmp_path, monkeypatch):
+    said, written, failed = [], [], []
+    waits, write = threading.Event(), prepare._write
+
+    def write_slowly(name, *given):
+        written.append(name)
+        waits.wait(20)
+        write(name, *given)
+
+    monkeypatch.setattr(locks, "POLL", 0.05)
+    monkeypatch.setattr(locks, "say", lambda text: (said.append(text), waits.set()))
+    monkeypatch.setattr(prepare, "_write", write_slowly)
+
+    def run():
+        try:
+            prepare.prepare("mnist", str(tmp_path), source=f"{server.url}/ok")
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert written == ["mnist"]
+    wanted = sorted(original.name for original in prepare.RECIPES["mnist"].files)
+    assert sorted(name for _, name, _ in server.requests) == wanted  # each of them once
+    assert len(said) == 1
+    assert re.match("waiting, for the preparation of .* is held by ", said[0])  # and by whom
+    assert data.load("mnist", str(tmp_path)).test.size == 10
 
 
 def test_a_server_without_ranges_starts_anew(server, tmp_path):

@@ -8,7 +8,7 @@ version, features, splits and example keys of TFDS's own then writes array_recor
 example order is TFDS's as well. TFDS's own builders would import TensorFlow to unpack and encode.
 
 A download that was cut short goes on where it stopped; a preparation is written beside its place
-and renamed into it at the end.
+and renamed into it at the end. One process does it, and another waits until it is done.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import gzip
 import hashlib
 import http.client
 import io
+import math
 import os
 import signal
 import sys
@@ -34,6 +35,7 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
+from infsub import locks
 from infsub.data import SOURCES, Arrays, data_folder, load
 from infsub.types import UserError
 
@@ -180,9 +182,15 @@ def prepare(name: str, data_dir: str = "", source: str = "", timeout: float = TI
         load(name, data_dir)  # says so if it is in another format
         print(f"{name} is already in {folder}.")
         return folder
+    downloads = root / "downloads" / "infsub" / name
     try:
-        files = _fetch(name, root / "downloads" / "infsub" / name, source, timeout)
-        _write(name, root, files)
+        # Of a local folder first: a mistake leaves nothing behind.
+        files = _fetch(name, downloads, source, timeout) if _is_local(source) else None
+        downloads.mkdir(parents=True, exist_ok=True)
+        (downloads / ".preparation.lock").touch()  # or it cannot be written, in our own words
+        with locks.owned(downloads, "preparation", math.inf):
+            if not folder.exists():  # nobody who was waited for has made it
+                _write(name, root, files or _fetch(name, downloads, source, timeout))
     except OSError as error:
         raise UserError(
             f"{name} cannot be written under {root}: {error.strerror or error}; give a directory "
@@ -192,15 +200,18 @@ def prepare(name: str, data_dir: str = "", source: str = "", timeout: float = TI
     return folder
 
 
+def _is_local(source: str) -> bool:
+    return bool(source) and "://" not in source
+
+
 def _fetch(name: str, downloads: Path, source: str, timeout: float) -> dict[str, Path]:
     """The checked official files by name; those of one set only, for sets share file names."""
     recipe = RECIPES[name]
-    local = Path(source).expanduser() if source and "://" not in source else None
+    local = Path(source).expanduser() if _is_local(source) else None
     files = {original.name: (local or downloads) / original.name for original in recipe.files}
     for original in recipe.files:
         path = files[original.name]
         if local is None and not path.exists():
-            downloads.mkdir(parents=True, exist_ok=True)
             url = f"{(source or recipe.url).rstrip('/')}/{original.name}"
             _download(url, path, original, timeout)
         elif not path.is_file():
