@@ -330,12 +330,12 @@ def run(
 
 
 def redraw(config: configs.Config, workdir: Path, overrides: Sequence[str] = ()) -> int:
-    """Table and figure of an experiment from the rows that are there; 1 when there are none."""
+    """Table and figure of an experiment from the rows that are there; 1: none, or a cell went wrong."""
     folder = workdir / config.experiment.name
     folder.mkdir(parents=True, exist_ok=True)
     cells = expand(config, workdir, overrides)
-    _summarise(config, cells, {}, folder, show=True)
-    return 0 if any(map(_done, cells)) else 1
+    wrong = _summarise(config, cells, {}, folder, show=True)
+    return 0 if any(map(_done, cells)) and not wrong else 1
 
 
 def status(workdir: Path) -> str:
@@ -430,6 +430,12 @@ def _write_summary(
             ended[cell.name] = cell.evaluation
             if done["not_finite"]:
                 wrong[cell.name] = f"an estimate is not finite at datapoints {done['not_finite']}"
+    if ended:
+        given = config.experiment
+        title = f"{given.question} ({given.name}, scale {config.scale})"
+        figure = given.figure.to_dict() if show else None  # drawn once, at the end
+        thresholds = cells[0].config.report.to_dict()
+        wrong |= report.experiment(title, figure, ended, folder, thresholds)
     summary = {
         cell.name: {
             "state": wrong.get(cell.name) or ("done" if cell.name in ended else "to do"),
@@ -440,14 +446,8 @@ def _write_summary(
         for cell in cells
     }
     files.write_json(folder / "cells.json", summary)
-    if ended:
-        given = config.experiment
-        title = f"{given.question} ({given.name}, scale {config.scale})"
-        figure = given.figure.to_dict() if show else None  # drawn once, at the end
-        thresholds = cells[0].config.report.to_dict()
-        report.experiment(title, figure, ended, folder, thresholds)
     if show:
         counts = f"{len(ended)} of {len(cells)} cells of {config.experiment.name} are done"
-        text = "".join(f"; {name}: {why}" for name, why in wrong.items())
+        text = "".join(f"; {name}: {why.removesuffix('.')}" for name, why in wrong.items())
         files.say(f"{counts}{text}.")
     return set(wrong)

@@ -211,7 +211,7 @@ def stubs(monkeypatch):
 
     monkeypatch.setattr(train, "train", train_one)
     monkeypatch.setattr(evaluate, "evaluate", evaluate_one)
-    monkeypatch.setattr(report, "experiment", lambda *arguments: None)
+    monkeypatch.setattr(report, "experiment", lambda *arguments: {})
     return calls, broken
 
 
@@ -275,6 +275,35 @@ def test_points_that_are_not_finite_are_named_every_time(tmp_path, stubs, capsys
     for _ in range(2):
         assert experiments.run(config, tmp_path) == 1
         assert "not finite at datapoints [7]" in capsys.readouterr().err
+
+
+def test_a_cell_without_a_whole_datapoint_leaves_the_table_of_the_others(
+    tmp_path, monkeypatch, capsys
+):
+    config = experiment("e", QUESTION, {"a": {"seed": 1}, "b": {"seed": 99}, "c": {"seed": 3}})
+
+    def train_one(cell_config, folder, patience):
+        (folder / cell_config.evaluate.name).mkdir(parents=True)
+
+    def evaluate_one(cell_config, folder, patience):
+        evaluation = folder / cell_config.evaluate.name
+        elbo = None if cell_config.seed == 99 else -80.0
+        rows = [{"index": i, "elbo": elbo, "ais": -79.0 - i} for i in range(2)]
+        files.write_json(evaluation / "config.json", {"config": configs.to_json(cell_config)})
+        files.append_rows(evaluation / "rows.jsonl", rows)
+        return [0, 1] if cell_config.seed == 99 else []
+
+    monkeypatch.setattr(train, "train", train_one)
+    monkeypatch.setattr(evaluate, "evaluate", evaluate_one)
+    for attempt in (experiments.run, experiments.run, experiments.redraw):
+        assert attempt(config, tmp_path) == 1
+        said = capsys.readouterr().err
+        assert "3 of 3 cells of e are done; b: " in said
+        assert "no datapoint whose bounds are all finite" in said
+        states = json.loads((tmp_path / "e/cells.json").read_text())
+        assert [name for name, cell in states.items() if cell["state"] != "done"] == ["b"]
+        lines = (tmp_path / "e/table.csv").read_text().splitlines()
+        assert {line.split(",")[0] for line in lines[1:]} == {"a", "c"}
 
 
 def test_smoke_runs_one_cell_of_each_kind(tmp_path, stubs):

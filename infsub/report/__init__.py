@@ -67,8 +67,10 @@ def experiment(
     evaluations: Mapping[str, Path],
     out: Path,
     thresholds: Mapping[str, float] = MappingProxyType({}),
-) -> None:
+) -> dict[str, str]:
     """The table of an experiment's cells under its question, and the figure that answers it.
+
+    Cells whose rows give no line of it are left out.
 
     Args:
       title: first line of table.md.
@@ -78,11 +80,22 @@ def experiment(
       out: folder to write into.
       thresholds: as in `report`.
 
+    Returns:
+      {cell that was left out: why}.
+
     Raises:
-      UserError: as `report`.
+      UserError: nothing can be written there.
     """
-    runs = [load_run(str(folder), name, thresholds) for name, folder in evaluations.items()]
-    _write(runs, out, [figure] if figure else [], evaluations, title)
+    runs, left_out = [], {}
+    for name, folder in evaluations.items():
+        try:
+            runs.append(load_run(str(folder), name, thresholds))
+        except UserError as error:
+            left_out[name] = str(error)
+    if runs:
+        folders = {run.name: evaluations[run.name] for run in runs}
+        _write(runs, out, [figure] if figure else [], folders, title)
+    return left_out
 
 
 def _write(
