@@ -172,6 +172,12 @@ def load_variables(workdir: str | Path, which: str = "best") -> tuple[Variables,
     directory = Path(workdir) / "checkpoints"
     present, published = steps(directory), Path(workdir) / WEIGHTS
     if not present and not published.exists():
+        summary = files.read_json(Path(workdir) / "summary.json", records.SUMMARY)
+        if summary and summary["ended"] == "diverged":
+            raise UserError(
+                f"{workdir} has no checkpoint, for its training diverged before the first one: train "
+                "with a smaller config.train.learning_rate, in another --workdir."
+            )
         raise UserError(f"{workdir} has no checkpoint yet: run it with --mode=train first.")
     try:
         vae = make_vae(config.model, run["image_shape"], run["levels"])

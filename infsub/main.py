@@ -240,6 +240,10 @@ def run(
 
     Of a shard: one of the processes trains and the others wait for it, or those of a team train
     together; then each evaluates its shard, and the last to end reports.
+
+    Raises:
+      UserError: a mistake, which no seed gets past.
+      records.Stopped: as `train.train`; or seeds that have failed, when the others are done.
     """
     from infsub import (  # flax and orbax: not for a mistake, nor for --help
         evaluate,
@@ -259,17 +263,22 @@ def run(
     elif mode in ("run", "train"):
         with processes.joined(team):
             train.train(config, workdir, 0.0 if team or shard == shards.WHOLE else math.inf)
-    failed = []
-    for member, folder in configs.runs(config, workdir):
+    failed, refused, runs = [], [], configs.runs(config, workdir)
+    for member, folder in runs:
         evaluation = folder / config.evaluate.name
-        if mode in ("run", "evaluate") and (bad := evaluate.evaluate(member, folder, shard)):
-            failed.append(f"an estimate is not finite at datapoints {bad} of {folder}")
-        if mode == "run" and (lacking := records.missing(evaluation)):
-            files.say(f"{shard} of {evaluation} is done, {lacking}: the last shard reports.")
-        elif mode in ("run", "report"):
-            report.report(str(evaluation), config.report.to_dict())
-    if failed:
-        raise records.Stopped(f"{'; '.join(failed)}.", exit_code=1)
+        try:
+            if mode in ("run", "evaluate") and (bad := evaluate.evaluate(member, folder, shard)):
+                failed.append(f"an estimate is not finite at datapoints {bad} of {folder}")
+            if mode == "run" and (lacking := records.missing(evaluation)):
+                files.say(f"{shard} of {evaluation} is done, {lacking}: the last shard reports.")
+            elif mode in ("run", "report"):
+                report.report(str(evaluation), config.report.to_dict())
+        except UserError as error:  # of one seed: the others go on
+            refused.append(str(error).removesuffix("."))
+    if len(refused) == len(runs) and not failed:
+        raise UserError(f"{'; '.join(dict.fromkeys(refused))}.")
+    if failed or refused:
+        raise records.Stopped(f"{'; '.join(failed + refused)}.", exit_code=1)
 
 
 def run_experiment(

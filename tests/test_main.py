@@ -15,6 +15,8 @@ from forks import commands
 from ml_collections import config_flags
 
 from infsub import config as configs
+from infsub import evaluate, main, records, report, train
+from infsub.types import UserError
 
 ROOT = Path(__file__).parent.parent
 QUICK = f"--config={ROOT / 'configs/quickstart.py'}"
@@ -231,6 +233,41 @@ TINY = ["--config.evaluate.per_class=0", "--config.evaluate.first=3"]
 TINY += ["--config.evaluate.elbo_samples=5", "--config.evaluate.iwae_samples=5"]
 TINY += ["--config.evaluate.ais.num_chains=2", "--config.evaluate.ais.num_temperatures=2"]
 TINY += ["--config.train.num_epochs=2"]
+
+
+@pytest.mark.parametrize("mode", ["run", "evaluate", "report"])
+def test_seeds_that_fail_are_named_and_the_others_are_done(tmp_path, monkeypatch, mode):
+    """The first is refused, the second has no finite datapoint, the third is well."""
+    calls = []
+
+    def evaluate_one(config, folder, shard):
+        calls.append(("evaluate", config.seed))
+        if config.seed == 0:
+            raise UserError("seed_0 has no checkpoint.")
+        return [7] if config.seed == 1 else []
+
+    def report_one(folder, thresholds):
+        seed = int(folder[-1])
+        calls.append(("report", seed))
+        if seed < 2:
+            raise UserError(f"seed_{seed} has no datapoint that is finite; look at its samples.")
+
+    monkeypatch.setattr(train, "train", lambda *_: None)
+    monkeypatch.setattr(evaluate, "evaluate", evaluate_one)
+    monkeypatch.setattr(report, "report", report_one)
+    config = configs.default()
+    config.train.num_seeds = 3
+    with pytest.raises(records.Stopped) as stopped:
+        main.run(mode, config, tmp_path)
+    assert stopped.value.exit_code == 1
+    assert calls[-1] == ("evaluate" if mode == "evaluate" else "report", 2)
+    for said in ("seed_0 has no ", "seed_1 has no datapoint" if mode != "evaluate" else "[7] of"):
+        assert said in str(stopped.value)
+
+    config.train.num_seeds = 1  # what no seed gets past is a mistake
+    calls.clear()
+    with pytest.raises(UserError, match=r"^seed_0 has no |^seed_\d has no datapoint"):
+        main.run(mode, config, tmp_path / "seed_0")
 
 
 @pytest.mark.slow

@@ -245,6 +245,10 @@ def test_a_run_that_diverges_stops_and_says_so(tmp_path):
     summary = files.read_json(tmp_path / "summary.json")
     assert summary["ended"] == "diverged"
     assert summary["skipped"] > 3
+    with pytest.raises(
+        UserError, match="no checkpoint, for its training diverged before the first"
+    ):
+        checkpoints.load_variables(tmp_path)
 
 
 def test_validation_and_the_final_test_are_means_over_their_whole_splits(source, digits):
