@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 
 from infsub import files, records
 from infsub.types import UserError
@@ -44,6 +43,7 @@ class Checkpoints:
 
         self._directory, self._identity = directory, identity
         self._keep_last, self._keep_every = keep_last, keep_every
+        self._damaged: list[Path] = []
         self._writer = ocp.AsyncCheckpointer(
             ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone()),
             multiprocessing_options=_alone(),
@@ -75,18 +75,23 @@ class Checkpoints:
             if not (self._keep_every and step % self._keep_every == 0):
                 _remove(self._directory / f"{step:08d}")
 
-    def restore(self, template: Any, step: int) -> Any | None:
-        """The tree of `step`, like `template`; None, with a warning, when it is damaged."""
+    def restore(self, template: Any, step: int) -> Any | Damaged:
+        """The tree of `step`, like `template`; or what is wrong with it, when it is damaged."""
         path = self._directory / f"{step:08d}"
         try:
             return read(path, template, self._identity)
         except Damaged as error:
-            logging.warning("%s; falling back to the one before.", error)
-            os.replace(path, path.with_suffix(".damaged"))
-            return None
+            self._damaged.append(path)
+            return error
 
     def clean(self, last_step: int) -> None:
-        """Removes what a killed process left half done, and checkpoints after `last_step`."""
+        """Removes what a killed process left half done, and checkpoints after `last_step`.
+
+        Those that `restore` found damaged are kept aside.
+        """
+        for path in self._damaged:
+            os.replace(path, path.with_suffix(".damaged"))
+        self._damaged.clear()
         for path in self._directory.glob("*"):
             newer = path.name.isdecimal() and int(path.name) > last_step
             if newer or ".orbax-checkpoint-tmp" in path.name or path.suffix == ".removed":

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from infsub import compilations, data, files, locks, processes, records, signals
 from infsub import config as configs
-from infsub.checkpoints import WEIGHTS, load_variables
+from infsub.checkpoints import WEIGHTS, Damaged, load_variables
 from infsub.members import Member
 from infsub.train_step import (
     MAX_EPOCHS,
@@ -260,17 +261,28 @@ def _restore(job: Job) -> tuple[Inputs, State]:
             f"{job.workdir} has a checkpoint of step {max(beyond)}, and its training ends at step "
             f"{job.total}: it is of another run; remove it."
         )
+    damaged: list[Damaged] = []
     for step in sorted(common, reverse=True):
-        trees = [member.checkpoints.restore(template, step) for member in members]
-        if None not in trees:
-            for i, tree in zip(job.active, filter(None, trees), strict=True):
-                job.members[i].progress = tree.pop("progress")
-                jax.tree.map(lambda all, one, i=i: all.__setitem__(i, one), stacked, tree)
-            arrays = jax.tree.map(jnp.asarray, stacked)
-            best = arrays.pop("best")
-            state = State(step, TrainState(**arrays), best)
-            files.say(f"continuing from step {step} of {job.total}.")
-            break
+        trees: list[Any] = [member.checkpoints.restore(template, step) for member in members]
+        if found := [tree for tree in trees if isinstance(tree, Damaged)]:
+            damaged += found
+            continue
+        for error in damaged:
+            logging.warning("%s; falling back to the one before.", error)
+        for i, tree in zip(job.active, trees, strict=True):
+            job.members[i].progress = tree.pop("progress")
+            jax.tree.map(lambda all, one, i=i: all.__setitem__(i, one), stacked, tree)
+        arrays = jax.tree.map(jnp.asarray, stacked)
+        best = arrays.pop("best")
+        state = State(step, TrainState(**arrays), best)
+        files.say(f"continuing from step {step} of {job.total}.")
+        break
+    else:
+        if damaged:  # or the disk, the memory or orbax is, for the moment
+            raise UserError(
+                f"no checkpoint of {job.workdir} can be read: {damaged[0]}. Mend what keeps it from "
+                "being read, and the same command goes on; or remove all of them, and it begins anew."
+            )
     for member in members:
         member.resume(state.step)
     return inputs, state

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
@@ -331,6 +332,22 @@ def test_best_checkpoint_is_that_of_the_best_validation_epoch(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_bytes() == rows
     with pytest.raises(UserError, match=r"has no checkpoint epoch_7; it has epoch_1, epoch_2"):
         checkpoints.load_variables(tmp_path, "epoch_7")
+
+
+def test_checkpoints_of_which_none_can_be_read_stay_and_nothing_begins_anew(
+    source, tmp_path, monkeypatch
+):
+    run = shutil.copytree(source, tmp_path / "run")
+    (run / "summary.json").unlink()
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+
+    def broken(arrays):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(checkpoints, "_digest", broken)
+    with pytest.raises(UserError, match=r"no checkpoint of .*run can be read: .*Input/output err"):
+        train(tiny_config(), run)
+    assert {p: p.read_bytes() for p in before} == before
 
 
 @pytest.mark.parametrize(
