@@ -207,7 +207,13 @@ def load_variables(workdir: str | Path, which: str = "best") -> tuple[Variables,
     except Damaged as error:
         gone = "it" if step == present[-1] else "it and those after it"
         raise UserError(f"{error}; remove {gone}, and the training command goes on.") from error
-    return tree[name], int(tree["progress"]["best_step"]) if which == "best" else step
+    best_step = int(tree["progress"]["best_step"])
+    if which == "best" and not best_step:  # they are the weights before the first step
+        raise UserError(
+            f"no validation value of {workdir} was finite so far, so no weights are its best: go on "
+            "training, or give config.evaluate.checkpoint=last."
+        )
+    return tree[name], best_step if which == "best" else step
 
 
 def weights(variables: Variables, step: int, identity: str) -> dict[str, np.ndarray]:

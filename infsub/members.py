@@ -18,6 +18,7 @@ class Member:
     Attributes:
       progress: step; best_step, best_epoch and best_value on validation data.
       ended: "" while it trains, then "finished", "stopped early" or "diverged".
+      why: it has diverged.
     """
 
     def __init__(self, config: configs.Config, workdir: Path, keep_every_steps: int) -> None:
@@ -34,6 +35,7 @@ class Member:
         }
         summary = files.read_json(workdir / "summary.json", records.SUMMARY) or {}
         self.ended = summary.get("ended", "")
+        self.why = summary.get("why", "too many steps were not finite")
         if self.ended != "diverged" and summary.get("step") not in self.checkpoints.steps():
             self.ended = ""  # the last checkpoint has been removed: it is made anew
         self._board: records.TensorBoard | None = None
@@ -48,7 +50,7 @@ class Member:
 
     def judge(self, epoch: int, step: int, value: float) -> bool:
         """Takes note of a validation value; whether it is the best so far."""
-        better = bool(value > self.progress["best_value"])
+        better = bool(np.isfinite(value) and value > self.progress["best_value"])
         if better:
             best = {"best_step": step, "best_epoch": epoch, "best_value": value}
             self.progress |= {name: np.asarray(v) for name, v in best.items()}

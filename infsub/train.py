@@ -56,7 +56,7 @@ def train(config: configs.Config, workdir: str | Path, patience: float = 0.0) ->
       UserError: settings that cannot work, or a workdir that is another run's, or that another
         process is training; an init_from that is still in training.
       records.Stopped: SIGTERM or Ctrl-C, after a checkpoint; or more than config.train.max_skipped
-        steps were not finite.
+        steps were not finite, or all validation values.
     """
     config, workdir = configs.resolve(config), Path(workdir)
     with contextlib.ExitStack() as held:
@@ -106,14 +106,11 @@ def _judge(job: Job, step: int, number: int) -> None:
             f"stopped at step {step}, saved; the same command continues from there.",
             exit_code=128 + number,
         )
-    diverged = [str(m.workdir) for m in job.members if m.ended == "diverged"]
+    diverged = [f"{m.workdir} ({m.why})" for m in job.members if m.ended == "diverged"]
     if diverged:
-        config = job.config
         raise records.Stopped(
-            f"training diverged in {', '.join(diverged)}: more than config.train.max_skipped="
-            f"{config.train.max_skipped} steps were not finite; the last checkpoint before is kept. "
-            "Try a smaller config.train.learning_rate or a config.train.gradient_clip, in another "
-            "--workdir.",
+            f"training diverged in {', '.join(diverged)}; the last checkpoint before is kept. Try a "
+            "smaller config.train.learning_rate or a config.train.gradient_clip, in another --workdir.",
             exit_code=1,
         )
 
@@ -426,12 +423,18 @@ def _end_members(job: Job, inputs: Inputs, state: State) -> None:
         member = job.members[i]
         if skipped[i] > train.max_skipped:
             member.ended = "diverged"
-            member.end({"step": state.step, "skipped": int(skipped[i])})
+            member.why = (
+                f"more than config.train.max_skipped={train.max_skipped} steps were not finite"
+            )
         elif job.validates(state.step) and member.out_of_patience(epoch):
             member.ended = "stopped early"
         elif state.step == job.total:
             member.ended = "finished"
-        if member.ended in ("finished", "stopped early"):
+        if member.ended in ("finished", "stopped early") and not member.progress["best_step"]:
+            member.ended, member.why = "diverged", "no validation value was ever finite"
+        if member.ended == "diverged":
+            member.end({"why": member.why, "step": state.step, "skipped": int(skipped[i])})
+        elif member.ended:
             ending.append(i)
     if not ending:
         return

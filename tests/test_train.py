@@ -252,6 +252,23 @@ def test_a_run_that_diverges_stops_and_says_so(tmp_path):
         checkpoints.load_variables(tmp_path)
 
 
+def test_a_run_without_a_finite_validation_value_has_diverged(tmp_path, monkeypatch):
+    """Its best weights would be those that nothing has trained."""
+
+    def never_finite(*arguments):
+        return {name: v * np.nan for name, v in train_step.validate(*arguments).items()}
+
+    monkeypatch.setattr(sys.modules[train.__module__], "validate", never_finite)
+    for _ in range(2):
+        with pytest.raises(records.Stopped, match="no validation value was ever finite") as stop:
+            train(tiny_config(checkpoint_seconds=0.0), tmp_path)
+        assert stop.value.exit_code == 1
+    assert files.read_json(tmp_path / "summary.json")["ended"] == "diverged"
+    with pytest.raises(UserError, match=r"no validation value of .* was finite .*checkpoint=last"):
+        checkpoints.load_variables(tmp_path)
+    assert checkpoints.load_variables(tmp_path, "last")[1] > 0
+
+
 def test_validation_and_the_final_test_are_means_over_their_whole_splits(source, digits):
     settings = tiny_config()
     vae = make_vae(settings.model, (28, 28, 1), 2)
