@@ -100,7 +100,7 @@ class TensorBoard:
     def scalars(self, step: int, row: Mapping[str, float]) -> None:
         """Every finite number of the row as a scalar."""
         for name, value in row.items():
-            if name not in ("step", "epoch"):
+            if name not in ("step", "epoch") and np.isfinite(value):
                 self._writer.add_scalar(name, value, step)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:

@@ -398,7 +398,7 @@ def _end_epochs(
         for epoch in range(first, end):
             values = {name: _plain(values[i, epoch - first]) for name, values in rows.items()}
             count = values.pop("count")
-            means = {n: _plain(np.float32(values.pop(n) / max(count, 1))) for n in METRICS}
+            means = {n: _plain(np.float32(values.pop(n) / (count or np.nan))) for n in METRICS}
             row = {"epoch": epoch + 1, "step": (epoch + 1) * per_epoch, **means, **values}
             row["skipped"] = per_epoch - round(count)
             if epoch == end - 1 and validation:
@@ -409,7 +409,10 @@ def _end_epochs(
         state = state._replace(best=_choose(better, state.models.variables, state.best))
     if validation and end // train.picture_every > first // train.picture_every:
         _draw(job, inputs, state.step, state.models.variables, job.active)
-    shown = validation.get("elbo", rows["elbo"][:, 0] / np.maximum(rows["count"][:, 0], 1))
+    count = np.where(
+        rows["count"][:, 0], rows["count"][:, 0], np.nan
+    )  # of no step there is no mean
+    shown = validation.get("elbo", rows["elbo"][:, 0] / count)
     kind = "validation ELBO" if validation else "ELBO"
     return state, f"epoch {end}, {kind} {', '.join(f'{v:.2f}' for v in shown)}"
 

@@ -40,7 +40,7 @@ def test_tensorboard_reads_the_events_and_drops_those_a_resumed_run_repeats(tmp_
     time.sleep(1.1)  # the files' names tell their order to the second
     resumed = records.TensorBoard(tmp_path, purge_step=20)
     for step in (20, 30, 40):
-        resumed.scalars(step, {"elbo": -float(step) - 0.5})
+        resumed.scalars(step, {"elbo": -float(step) - 0.5, "kl": float("nan")})
     resumed.close()
 
     reader = EventAccumulator(str(tmp_path))

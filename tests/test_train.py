@@ -252,6 +252,14 @@ def test_a_run_that_diverges_stops_and_says_so(tmp_path):
         checkpoints.load_variables(tmp_path)
 
 
+def test_an_epoch_without_a_finite_step_has_no_means(tmp_path):
+    with pytest.raises(records.Stopped):
+        train(tiny_config(learning_rate=1e30, max_skipped=16, schedule="constant"), tmp_path)
+    rows = files.read_rows(tmp_path / "metrics.jsonl")
+    (row,) = [row for row in rows if row["skipped"] == 16]
+    assert [row[name] for name in train_step.METRICS] == [None] * len(train_step.METRICS)
+
+
 def test_a_run_without_a_finite_validation_value_has_diverged(tmp_path, monkeypatch):
     """Its best weights would be those that nothing has trained."""
 
