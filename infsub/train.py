@@ -162,14 +162,13 @@ class Inputs(NamedTuple):
     """What the steps of a job read, on the device.
 
     Attributes:
-      keys: of the models, [S].
-      key_validation, key_pictures: common to them.
+      keys, keys_validation, keys_pictures: of the models, [S].
       images: of the training split.
     """
 
     keys: Key
-    key_validation: Key
-    key_pictures: Key
+    keys_validation: Key
+    keys_pictures: Key
     images: data.Images
 
 
@@ -188,7 +187,7 @@ class State(NamedTuple):
 
 
 def _job(config: configs.Config, workdir: Path, held: contextlib.ExitStack, patience: float) -> Job:
-    """Reads the data, builds the model and makes the workdirs this run's, the lock `held`."""
+    """Reads the data, builds the model and makes the workdirs this run's, their locks `held`."""
     names, train, began = config.data, config.train, compilations.spent()
     dataset = data.load_config(names)
     try:
@@ -208,8 +207,8 @@ def _job(config: configs.Config, workdir: Path, held: contextlib.ExitStack, pati
     source = _source(Path(config.init_from)) if config.init_from else ""
     runs = configs.runs(config, workdir)
     # Last: a mistake leaves no folder behind.
-    held.enter_context(locks.owned(workdir, "training", patience))
     for each, folder in [(config, workdir), *(runs if len(runs) > 1 else [])]:
+        held.enter_context(locks.owned(folder, "training", patience))
         records.claim(
             each,
             folder,
@@ -241,9 +240,9 @@ def _restore(job: Job) -> tuple[Inputs, State]:
     Without members, what is not in checkpoints, and a state of the same shapes.
     """
     seeds = np.asarray([each.seed for each, _ in configs.runs(job.config, job.workdir)])
-    keys, (key_validation, key_pictures), fresh = initial(job.task, seeds)
+    keys, (keys_validation, keys_pictures), fresh = initial(job.task, seeds)
     images = unpacked(job.dataset.train.images)
-    inputs = Inputs(keys, key_validation, key_pictures, images)
+    inputs = Inputs(keys, keys_validation, keys_pictures, images)
     if not job.members:
         return inputs, State(0, init_states(job.task, fresh), fresh)
     best = _warm_start(job, fresh)
@@ -469,13 +468,13 @@ def _of_member(stacked: Any, i: int) -> Any:
 def _validate(job: Job, inputs: Inputs, variables: Variables, split: str) -> dict[str, np.ndarray]:
     images, num_samples = job.dataset.split(split).images, job.config.train.validation_samples
     return jax.device_get(
-        validate(job.task.vae, num_samples, variables, images, inputs.key_validation)
+        validate(job.task.vae, num_samples, variables, images, inputs.keys_validation)
     )
 
 
 def _draw(job: Job, inputs: Inputs, step: int, variables: Variables, members: list[int]) -> None:
     images, names = job.dataset.validation.images, ("reconstructions", "samples")
-    grids = jax.device_get(pictures(job.task.vae, variables, images, inputs.key_pictures))
+    grids = jax.device_get(pictures(job.task.vae, variables, images, inputs.keys_pictures))
     for i in members:
         drawn = {name: grid[i] for name, grid in zip(names, grids, strict=True)}
         job.members[i].draw(step, drawn)

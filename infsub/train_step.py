@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -220,12 +221,14 @@ def merge_params(variables: Variables, params: Variables) -> Variables:
 
 @functools.partial(jax.jit, static_argnums=0)
 def initial(task: Task, seeds: Array) -> tuple[Key, tuple[Key, Key], Variables]:
-    """Keys [S] of the models of these seeds [S], keys of validation and pictures, fresh variables."""
-    keys = jax.vmap(jax.random.key)(seeds)
-    variables = jax.vmap(lambda key: task.vae.init(stream(key, Stream.INIT)))(keys)
-    first = jax.random.key(seeds[0])  # all are validated with the same noise
-    common = stream(first, Stream.VALIDATION), stream(first, Stream.PICTURES)
-    return keys, common, variables
+    """Of the models of these seeds [S]: keys, those of validation and of pictures, fresh variables."""
+
+    def of_one_model(seed: Array) -> tuple[Key, tuple[Key, Key], Variables]:
+        key = jax.random.key(seed)
+        looking = stream(key, Stream.VALIDATION), stream(key, Stream.PICTURES)
+        return key, looking, task.vae.init(stream(key, Stream.INIT))
+
+    return jax.vmap(of_one_model)(seeds)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -358,9 +361,16 @@ def train_chunk(
     return states, rows
 
 
+def _of_models(function: Callable[[Key, Variables], Any], keys: Key, variables: Variables) -> Any:
+    """`function` of S models at once, from their keys [S] and their stacked variables."""
+    if len(keys) == 1:  # nothing of the noise has an axis then, and it is rounded as without one
+        return jax.vmap(function, in_axes=(None, 0))(keys[0], variables)
+    return jax.vmap(function)(keys, variables)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def validate(
-    vae: VAE, num_samples: int, variables: Variables, images: data.Images, key: Key
+    vae: VAE, num_samples: int, variables: Variables, images: data.Images, keys: Key
 ) -> dict[str, Array]:
     """Bounds over a whole split, S models at once, with the same noise every time it is called.
 
@@ -369,7 +379,8 @@ def validate(
       num_samples: K, a datapoint.
       variables: of S models, stacked.
       images: of the split, N of them.
-      key: datapoint i uses fold_in(key, i), its pixels, if they are drawn, named(key, "pixels").
+      keys: of the models, [S]; datapoint i uses fold_in(key, i), its pixels, if they are drawn,
+        named(key, "pixels").
 
     Returns:
       {"elbo", "iwae" (of K samples), "log_likelihood", "kl": means over the split, [S]; "elbo_se",
@@ -378,7 +389,7 @@ def validate(
     """
     size = images.values.shape[0]
 
-    def of_one_model(variables: Variables) -> dict[str, Array]:
+    def of_one_model(key: Key, variables: Variables) -> dict[str, Array]:
         def of_one_datapoint(i: Array) -> tuple[dict[str, Array], Array]:
             x = data.batch(images, i[None], named(key, "pixels"))[0]
             terms, _ = vae.terms(jax.random.fold_in(key, i), variables, x, num_samples)
@@ -396,18 +407,19 @@ def validate(
         active = jnp.sum(jnp.var(means, axis=0) > ACTIVE)
         return jax.tree.map(jnp.mean, values) | errors | {"active_units": active}
 
-    return jax.vmap(of_one_model)(variables)
+    return _of_models(of_one_model, keys, variables)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def pictures(vae: VAE, variables: Variables, images: data.Images, key: Key) -> tuple[Array, Array]:
+def pictures(vae: VAE, variables: Variables, images: data.Images, keys: Key) -> tuple[Array, Array]:
     """For S models: ten images over their reconstructions [S, 2, 10, H, W, C]; draws [S, 10, 10, …].
 
     Means of p(x|z) in [0, 1], at z ~ q(z|x) and at z ~ p(z).
     """
-    x = data.batch(images, jnp.arange(10), named(key, "pixels"))
 
-    def of_one_model(variables: Variables) -> tuple[Array, Array]:
+    def of_one_model(key: Key, variables: Variables) -> tuple[Array, Array]:
+        x = data.batch(images, jnp.arange(10), named(key, "pixels"))
+
         def reconstruct(key: Key, x: Array) -> Array:
             z, _ = vae.sampler(variables, x)(key)
             return vae.mean_x(variables, z)
@@ -417,4 +429,4 @@ def pictures(vae: VAE, variables: Variables, images: data.Images, key: Key) -> t
         draws = jax.vmap(jax.vmap(lambda z: vae.mean_x(variables, z)))(z)
         return jnp.stack([x / jnp.maximum(jnp.max(x), 1), again]), draws
 
-    return jax.vmap(of_one_model)(variables)
+    return _of_models(of_one_model, keys, variables)

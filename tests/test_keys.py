@@ -92,7 +92,7 @@ def test_no_estimator_draws_twice_from_a_key(estimator):
 
 @pytest.fixture(scope="module", params=["data", "model"])
 def training(request):
-    """(task, images of dynamic pixels, keys, validation's and pictures' keys, fresh variables)."""
+    """(task, images of dynamic pixels, keys, those of validation and pictures, fresh variables)."""
     config = tiny.get_config()
     config.train.on = request.param
     config.train.freeze = "decoder" if request.param == "model" else "none"
@@ -104,7 +104,7 @@ def training(request):
 
 
 def test_no_part_of_training_draws_twice_from_a_key(training):
-    task, images, keys, (key_validation, key_pictures), variables = training
+    task, images, keys, (keys_validation, keys_pictures), variables = training
     initial, states = train_step.initial, train_step.init_states
     assert not draws_twice(lambda seeds: initial(task, seeds), np.arange(2))
     assert not draws_twice(
@@ -113,10 +113,12 @@ def test_no_part_of_training_draws_twice_from_a_key(training):
         variables,
     )
     assert not draws_twice(
-        lambda key, v: train_step.validate(task.vae, 2, v, images, key), key_validation, variables
+        lambda keys, v: train_step.validate(task.vae, 2, v, images, keys),
+        keys_validation,
+        variables,
     )
     assert not draws_twice(
-        lambda key, v: train_step.pictures(task.vae, v, images, key), key_pictures, variables
+        lambda keys, v: train_step.pictures(task.vae, v, images, keys), keys_pictures, variables
     )
 
 
@@ -143,8 +145,8 @@ def test_pixels_are_not_drawn_with_the_noise_of_z():
     )
     shapes = jax.eval_shape(vae.init, ROOT)  # of one model; nobody reads the values
     variables = jax.tree.map(lambda leaf: np.zeros((1, *leaf.shape), leaf.dtype), shapes)
-    same = train_step.validate(vae, 1, variables, images, ROOT)["log_likelihood"]
-    pixels, reconstructed = train_step.pictures(vae, variables, images, ROOT)[0][0]
+    same = train_step.validate(vae, 1, variables, images, ROOT[None])["log_likelihood"]
+    pixels, reconstructed = train_step.pictures(vae, variables, images, ROOT[None])[0][0]
     assert same == pytest.approx(0.5, abs=0.05)
     assert np.mean(pixels == reconstructed) == pytest.approx(0.5, abs=0.05)
 

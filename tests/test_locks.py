@@ -271,6 +271,11 @@ def test_every_mode_that_writes_is_refused(tmp_path, monkeypatch):
     config = resolve(default())
     with locks.owned(tmp_path, "training"), pytest.raises(UserError, match="is held by"):
         train.train(config, tmp_path)
+    several = default()
+    several.train.num_seeds = 2
+    with locks.owned(tmp_path / "several/seed_1", "training"), pytest.raises(UserError) as refusal:
+        train.train(several, tmp_path / "several")  # of which another process trains one alone
+    assert "several/seed_1 is held by" in str(refusal.value)
     monkeypatch.setattr(evaluate.records, "read_run", lambda workdir: {})  # there is one
     with locks.owned(tmp_path, "evaluation"), pytest.raises(UserError, match="is held by"):
         evaluate.evaluate(config, tmp_path)
