@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib
 import sys
+import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from infsub import config as configs
-from infsub import data, records
+from infsub import data, files, records
 from infsub.datapoints import number_of
 from infsub.types import Model, Params, UserError
 
@@ -109,6 +110,17 @@ def load(name: str, checkpoint: str) -> Imported:
     except (TypeError, ValueError) as error:
         raise UserError(f"{flag}: {error}.") from error
     return found._replace(labels=labels)
+
+
+def failed(config: configs.Config, folder: Path, error: Exception) -> UserError:
+    """What the model's functions raised on its data as a sentence; the traceback is left in `folder`."""
+    path = folder / "error.txt"
+    files.write_bytes(path, "".join(traceback.format_exception(error)).encode())
+    reason = " ".join(str(error).split())
+    return UserError(
+        f"--config.model.import={config.model.imported} failed on its data: {type(error).__name__}: "
+        f"{reason.removesuffix('.')}. The traceback is in {path}."
+    )
 
 
 def _described(built: Any) -> str:

@@ -260,6 +260,8 @@ def run(
             published.claim(config, workdir)
         if mode == "run":
             files.say(f"nothing is trained: the weights are those of {config.init_from}.")
+    elif mode == "report" and not config.model.imported:
+        records.check_config(config, workdir)
     elif mode in ("run", "train"):
         with processes.joined(team):
             train.train(config, workdir, 0.0 if team or shard == shards.WHOLE else math.inf)
@@ -275,6 +277,12 @@ def run(
                 report.report(str(evaluation), config.report.to_dict())
         except UserError as error:  # of one seed: the others go on
             refused.append(str(error).removesuffix("."))
+        except (records.Stopped, OSError, MemoryError):
+            raise
+        except Exception as error:  # their code may raise anything
+            if not config.model.imported:
+                raise
+            raise imported.failed(config, folder, error) from error
     if len(refused) == len(runs) and not failed:
         raise UserError(f"{'; '.join(dict.fromkeys(refused))}.")
     if failed or refused:

@@ -121,14 +121,8 @@ def is_trained(config: configs.Config, workdir: Path | None = None) -> bool:
         bool(config.init_from)
         and (source / checkpoints.WEIGHTS).exists()
         and not (workdir and (workdir / "checkpoints").exists())
-        and not _differences(config, records.read_run(source))
+        and not records.differences(config, records.read_run(source))
     )
-
-
-def _differences(config: configs.Config, run: dict[str, Any]) -> list[str]:
-    before = configs.completed(run["identified"])
-    data, initial = before["data identity"], before["initial weights"]
-    return configs.differences(before, configs.identified(config, data, initial))
 
 
 def claim(config: configs.Config, workdir: Path) -> None:
@@ -141,7 +135,7 @@ def claim(config: configs.Config, workdir: Path) -> None:
     """
     source = Path(config.init_from)
     run = records.read_run(source)
-    if differing := _differences(config, run):
+    if differing := records.differences(config, run):
         raise UserError(
             f"config.init_from={source} holds the weights of another config: {'; '.join(differing)}. "
             "Give the config that it was made with; configs/published.py has those that are published."

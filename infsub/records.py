@@ -149,7 +149,12 @@ def read_run(workdir: Path, *needed: str) -> dict[str, Any]:
     path = Path(workdir) / "config.json"
     run = files.read_json(path)
     if run is None:
-        raise UserError(f"{workdir} holds no run (it has no config.json): give a run's --workdir.")
+        begin = "one is begun by --config=FILE.py without --mode"
+        if any(Path(workdir).glob("cells.json")) or any(Path(workdir).glob("*/cells.json")):
+            begin = "it is of experiments, and each has its --config"
+        raise UserError(
+            f"{workdir} holds no run (it has no config.json): give a run's --workdir; {begin}."
+        )
     for name in needed or FACTS:
         if wrong := files.wrong_fields(run, {name: FACTS[name]}):
             raise UserError(f"{path} is no run's ({wrong}): give a run's --workdir, or mend it.")
@@ -174,9 +179,25 @@ def _is_imported(run: dict[str, Any]) -> bool:
     return isinstance(model, dict) and bool(model.get("imported"))
 
 
+def differences(config: configs.Config, run: dict[str, Any]) -> list[str]:
+    """What tells a config from that of a run, whose data and initial weights are taken as they are."""
+    before = configs.completed(run["identified"])
+    given = (before.get(name, "") for name in ("data identity", "initial weights"))
+    return configs.differences(before, configs.identified(config, *given))
+
+
+def check_config(config: configs.Config, workdir: Path) -> None:
+    """Raises UserError where a config is not that of the run in `workdir`, by its settings alone."""
+    _refuse(workdir, differences(config, read_run(workdir)))
+
+
 def check_same(run: dict[str, Any], workdir: Path, identified: dict[str, Any]) -> None:
     """Raises UserError where a config, as `configs.identified`, is not that of the run in `workdir`."""
-    if differing := configs.differences(configs.completed(run["identified"]), identified):
+    _refuse(workdir, configs.differences(configs.completed(run["identified"]), identified))
+
+
+def _refuse(workdir: Path, differing: list[str]) -> None:
+    if differing:
         raise UserError(
             f"{workdir} is another config's: {'; '.join(differing)}. "
             "Give another --workdir, or the config it was made with."
@@ -205,13 +226,20 @@ def status(workdir: Path) -> str:
     run = read_run(workdir)
     config, per_epoch = read_config(workdir), run["steps_per_epoch"]
     model, train = config.model, config.train
+    what = f"{config.data.name}, {config.data.binarisation}, {config.data.levels} levels"
+    q = f"{model.posterior.name} posterior"
+    if model.imported:
+        what = what if run["levels"] else "of its own"
+        q = model.imported
     lines = [
         ("run", f"{workdir}, identity {run['identity']}"),
-        ("data", f"{config.data.name}, {config.data.binarisation}, {config.data.levels} levels"),
-        ("model", f"{model.posterior.name} posterior, z of {model.latent_dim} dimensions"),
+        ("data", what),
+        ("model", f"{q}, z of {model.latent_dim} dimensions"),
     ]
     progress = files.read_json(workdir / "progress.json", PROGRESS)
-    if progress is None:
+    if model.imported:
+        lines.append(("training", "none, it was trained elsewhere"))
+    elif progress is None:
         lines.append(("training", "not begun"))
     else:
         epoch, ago = progress["done"] / per_epoch, time.time() - (progress["time"] or np.nan)

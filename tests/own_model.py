@@ -65,6 +65,11 @@ def drawn():
     return MODEL._replace(encode=encode), KNOWN, 1 + data()
 
 
+def of_another_width():
+    """Its data have more values than its weights."""
+    return MODEL, KNOWN, np.ones((5, 7), np.float32)
+
+
 def closed():
     """Its weights are in its functions alone."""
     return MODEL, None, data()

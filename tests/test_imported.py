@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -75,6 +76,25 @@ def test_it_is_reported(workdir):
     assert [point["label"] for point in points] == ["0", "1", "0", "1"]
     assert all(point["verdict"] and point["next"] for point in points)
     assert "4 values, mean" in (workdir / "report.html").read_text()
+    status = records.status(workdir)
+    for line in (
+        "data        of its own\n",
+        "own_model:build, z of 2",
+        "none, it was trained elsewhere",
+    ):
+        assert line in status
+
+
+def test_what_its_functions_raise_is_a_sentence(tmp_path):
+    with pytest.raises(UserError) as raised:
+        run(small("own_model:of_another_width"), tmp_path / "run")
+    path = tmp_path / "run/error.txt"
+    assert re.fullmatch(
+        r"--config\.model\.import=own_model:of_another_width failed on its data: TypeError: .*shape.*"
+        rf"\. The traceback is in {path}\.",
+        str(raised.value),
+    )
+    assert "models.py" in path.read_text()
 
 
 @pytest.mark.parametrize(

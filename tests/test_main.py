@@ -253,6 +253,7 @@ def test_seeds_that_fail_are_named_and_the_others_are_done(tmp_path, monkeypatch
             raise UserError(f"seed_{seed} has no datapoint that is finite; look at its samples.")
 
     monkeypatch.setattr(train, "train", lambda *_: None)
+    monkeypatch.setattr(records, "check_config", lambda *_: None)
     monkeypatch.setattr(evaluate, "evaluate", evaluate_one)
     monkeypatch.setattr(report, "report", report_one)
     config = configs.default()
@@ -288,6 +289,9 @@ def test_the_whole_way_and_again(command, tmp_path):
     assert (tmp_path / "rows.jsonl").read_bytes() == rows
     code, log = command("--mode=report", f"--workdir={tmp_path}")  # the workdir's own config
     assert code == 0, log
+    code, log = command(*arguments, "--mode=report", "--config.model.latent_dim=7")
+    assert code == 2
+    assert "is another config's: model.latent_dim was " in log
 
     code, status = command("--mode=status", f"--workdir={tmp_path}")
     assert code == 0
