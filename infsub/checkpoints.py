@@ -174,6 +174,11 @@ def load_variables(workdir: str | Path, which: str = "best") -> tuple[Variables,
     run, config = records.read_run(Path(workdir)), records.read_config(Path(workdir))
     if (num_seeds := config.train.num_seeds) > 1:
         raise UserError(f"{workdir} holds {num_seeds} runs: give one, such as {workdir}/seed_0.")
+    if config.model.imported:
+        raise UserError(
+            f"{workdir} is {config.model.imported}, a model of one's own, whose weights infsub does not "
+            "keep: give a run that infsub trained."
+        )
     directory = Path(workdir) / "checkpoints"
     present, published = steps(directory), Path(workdir) / WEIGHTS
     if not present and not published.exists():

@@ -192,7 +192,7 @@ def _job(config: configs.Config, workdir: Path, held: contextlib.ExitStack, pati
     dataset = data.load_config(names)
     try:
         vae = make_vae(config.model, dataset.image_shape, dataset.levels)
-        jax.eval_shape(vae.init, jax.random.key(0))
+        shapes = jax.eval_shape(vae.init, jax.random.key(0))
     except (ValueError, TypeError) as error:
         raise UserError(f"config.model cannot be built: {error}") from error
     num_train = dataset.train.size
@@ -205,6 +205,8 @@ def _job(config: configs.Config, workdir: Path, held: contextlib.ExitStack, pati
     if not processes.is_first():
         return Job(config, workdir, dataset, task, [], began)
     source = _source(Path(config.init_from)) if config.init_from else ""
+    if source and not (workdir / "config.json").exists():
+        _given_parts(config, dataset.identity, shapes)
     runs = configs.runs(config, workdir)
     # Last: a mistake leaves no folder behind.
     for each, folder in [(config, workdir), *(runs if len(runs) > 1 else [])]:
@@ -226,7 +228,8 @@ def _job(config: configs.Config, workdir: Path, held: contextlib.ExitStack, pati
 def _source(folder: Path) -> str:
     """The identity of the run whose weights another one starts from."""
     run = records.read_run(folder)
-    if not any((folder / name).exists() for name in ("summary.json", WEIGHTS)):
+    ended = any((folder / name).exists() for name in ("summary.json", WEIGHTS))
+    if (folder / "checkpoints").exists() and not ended:
         raise UserError(
             f"config.init_from={folder} is not trained to its end, and its weights may be others by "
             "tomorrow: the command that trains it goes on."
@@ -294,25 +297,36 @@ def _shared(job: Job, inputs: Inputs, state: State) -> tuple[Inputs, State]:
 
 def _warm_start(job: Job, variables: Variables) -> Variables:
     """`variables` [S, …] with the parts that the run `init_from` gives."""
-    config = job.config
-    if not config.init_from:
+    if not job.config.init_from:
         return variables
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), variables)
+    given = _given_parts(job.config, job.dataset.identity, shapes)
+    for part in given:
+        variables[part] = jax.tree.map(
+            lambda a, b: jnp.broadcast_to(a, b.shape), given[part], variables[part]
+        )
+    return variables
+
+
+def _given_parts(config: configs.Config, data_identity: str, shapes: Variables) -> Variables:
+    """The parts that the run `init_from` gives to a model whose variables have these shapes.
+
+    Raises:
+      UserError: it has no weights, or they do not fit.
+    """
     source, _ = load_variables(config.init_from)
-    for part in ("decoder",) if config.init_parts == "decoder" else tuple(variables):
-        shapes = jax.tree.map(lambda a: a.shape[1:], variables[part])
-        if jax.tree.map(np.shape, source[part]) != shapes:
+    parts = ("decoder",) if config.init_parts == "decoder" else tuple(shapes)
+    for part in parts:
+        if jax.tree.map(np.shape, source[part]) != jax.tree.map(np.shape, shapes[part]):
             run = records.read_run(Path(config.init_from))
-            own = configs.identified(config, job.dataset.identity, run["identity"])
+            own = configs.identified(config, data_identity, run["identity"])
             differing = configs.differences(run["identified"], own)
             model = [phrase for phrase in differing if phrase.startswith(("model.", "data"))]
             raise UserError(
                 f"the {part} of config.init_from={config.init_from} does not fit this "
                 f"model: {'; '.join(model)}."
             )
-        variables[part] = jax.tree.map(
-            lambda a, b: jnp.broadcast_to(a, b.shape), source[part], variables[part]
-        )
-    return variables
+    return {part: source[part] for part in parts}
 
 
 def _loop(job: Job, inputs: Inputs, state: State) -> tuple[int, int]:

@@ -19,6 +19,7 @@ import pytest
 import infsub
 from infsub import config as configs
 from infsub import evaluate, files, imported, main, records
+from infsub.train import train
 from infsub.types import UserError
 
 HERE = Path(__file__).parent
@@ -118,6 +119,14 @@ def test_the_family_is_the_encoders_own(workdir, tmp_path, name, stated, own):
     shown = infsub.load(copy)
     assert shown.run.settings["model.posterior.name"] == own
     assert any("was not optimised locally" in note for note in shown.notes) == (own != "gaussian")
+
+
+def test_it_has_no_weights_for_a_training_to_start_from(workdir, tmp_path):
+    warm = configs.default()
+    warm.init_from = str(workdir)
+    with pytest.raises(UserError, match=r"is own_model:build, a model of one's own"):
+        train(warm, tmp_path / "warm")
+    assert not (tmp_path / "warm").exists()
 
 
 def test_its_data_are_its_own(workdir, tmp_path):

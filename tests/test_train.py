@@ -420,7 +420,8 @@ def test_weights_that_do_not_fit_say_which_fields_differ(source, tmp_path):
     warm.init_from, warm.model.decoder.hidden = str(source), (9,)
     expected = r"the decoder of config.init_from.* model.decoder.hidden was \[8\] and is \[9\]"
     with pytest.raises(UserError, match=expected):
-        train(warm, tmp_path)
+        train(warm, tmp_path / "warm")
+    assert not (tmp_path / "warm").exists()  # so that the command, once it is right, may have it
 
 
 def test_another_config_s_workdir_is_refused_and_untouched(source, tmp_path):
@@ -452,8 +453,10 @@ def test_seeds_together_are_the_runs_of_their_own(source, tmp_path):
             np.testing.assert_allclose([*a.values()], [*b.values()], rtol=1e-4)
         elbos.append(rows[0][-1]["elbo"])
     assert elbos[0] != pytest.approx(elbos[1], rel=1e-3)
+    warm = tiny_config()
+    warm.init_from = str(tmp_path)
     with pytest.raises(UserError, match=r"holds 2 runs: give one, such as .*seed_0"):
-        checkpoints.load_variables(tmp_path)
+        train(warm, tmp_path / "warm")
 
 
 FOUR_DEVICES = """
