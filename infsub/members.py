@@ -46,7 +46,7 @@ class Member:
         metrics = self.workdir / "metrics.jsonl"
         rows = files.read_rows(metrics, records.EPOCH)
         files.rewrite_rows(metrics, [row for row in rows if row["step"] <= step])
-        self._board = records.TensorBoard(self.workdir / "tensorboard", step + 1 if step else None)
+        self._board = records.TensorBoard(self.workdir / "tensorboard", step + 1)
 
     def judge(self, epoch: int, step: int, value: float) -> bool:
         """Takes note of a validation value; whether it is the best so far."""

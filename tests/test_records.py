@@ -51,9 +51,17 @@ def test_tensorboard_reads_the_events_and_drops_those_a_resumed_run_repeats(tmp_
 
 
 def test_scalars_are_on_disk_with_the_checkpoint(tmp_path):
-    """What a kill leaves in TensorBoard reaches to the step that the run goes on from."""
+    """What a kill leaves in TensorBoard reaches to the step that the run goes on from.
+
+    Even to the first one: what was written before a first checkpoint is written again.
+    """
     settings = config.resolve(config.default())
     records.claim(settings, tmp_path, "digits", "", **DIGITS)
+    member = members.Member(settings, tmp_path, 0)
+    member.resume(0)
+    member.record({"step": 10, "epoch": 1, "elbo": -10.0}, 1.0)
+    member.close()
+    time.sleep(1.1)  # the files' names tell their order to the second
     member = members.Member(settings, tmp_path, 0)
     member.resume(0)
     member.record({"step": 10, "epoch": 1, "elbo": -10.0}, 1.0)
