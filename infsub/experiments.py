@@ -382,6 +382,8 @@ def _run_cell(
     error_file = _error_file(folder, cell)
     start = time.monotonic()
     try:
+        if evaluated:
+            train.check_kept(cell.config, cell.folder)
         train.train(cell.config, cell.folder, patience)
         if not evaluated:
             return ""

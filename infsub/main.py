@@ -263,6 +263,8 @@ def run(
     elif mode == "report" and not config.model.imported:
         records.check_config(config, workdir)
     elif mode in ("run", "train"):
+        if mode == "run":
+            train.check_kept(config, workdir)
         with processes.joined(team):
             train.train(config, workdir, 0.0 if team or shard == shards.WHOLE else math.inf)
     failed, refused, runs = [], [], configs.runs(config, workdir)

@@ -106,6 +106,14 @@ MISTAKES = {
         ["W", QUICK, "--config.evaluate.split=dev"],
         "split is 'dev'; it must be one of train, validation, test, model.",
     ),
+    "checkpoint that is not kept": (
+        ["W", QUICK, "--config.evaluate.checkpoint=epoch_7"],
+        "checkpoint=epoch_7 is none that training keeps: .*epoch_50.*config.train.keep_every=7",
+    ),
+    "checkpoint after the end": (
+        ["W", QUICK, "--config.evaluate.checkpoint=epoch_60", "--config.train.keep_every=20"],
+        r"checkpoint=epoch_60 is none that training keeps: .*every 20 epochs .* one of these\.$",
+    ),
     "no end": (
         ["W", QUICK, "--config.evaluate.split=model", "--config.evaluate.per_class=0"],
         "give config.evaluate.first=N",
