@@ -301,6 +301,12 @@ def resolve(config: Config) -> Config:
             raise UserError(f"config.{name} is {value!r}; it must be {wanted}.")
     # No shell knows that the value of a flag is a path.
     config.update_from_flattened_dict({name: os.path.expanduser(values[name]) for name in _PATHS})
+    last_seed = config.seed + config.train.num_seeds - 1
+    if not SEED.holds(last_seed):
+        raise UserError(
+            f"config.train.num_seeds={config.train.num_seeds} models are of the seeds {config.seed} to "
+            f"{last_seed}; each must be {SEED.wanted}."
+        )
     if config.train.freeze == "decoder" and not config.init_from:
         raise UserError(
             "config.train.freeze=decoder would freeze an untrained decoder; "

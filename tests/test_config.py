@@ -80,6 +80,10 @@ def test_a_value_that_nothing_could_use_is_named(name, value):
             "step sizes are frozen, .*needs config.evaluate.ais.adaptation=pilot",
         ),
         ({"train.annealing": "kl"}, "annealing=kl needs config.train.annealing_epochs of at"),
+        (
+            {"seed": 2**31 - 1, "train.num_seeds": 2},
+            "num_seeds=2 models are of the seeds 2147483647 to 2147483648; .* from 0 to 2147483647",
+        ),
         ({"train.freeze": "decoder"}, "would freeze an untrained decoder; give config.init_from"),
     ],
     ids=str,
