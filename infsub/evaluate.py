@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -250,6 +251,16 @@ def _points_of(split: data.Split, levels: int, root: Key) -> _Points:
         return {"images": (at(block) * (255 / (levels - 1))).astype(np.uint8)}
 
     return _Points(split.size, split.labels, at, shown)
+
+
+def check_points(config: configs.Config) -> None:
+    """Raises UserError where there are not the datapoints to evaluate, before all is trained for them.
+
+    Not of as many of each class: for that the data would have to be read.
+    """
+    size = data.load_config(config.data).sizes.get(config.evaluate.split)
+    if size:  # not of what the model simulates
+        choose(types.SimpleNamespace(size=size, labels=None), config.evaluate)
 
 
 def choose(split: Any, settings: Any) -> np.ndarray:

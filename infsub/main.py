@@ -265,6 +265,7 @@ def run(
     elif mode in ("run", "train"):
         if mode == "run":
             train.check_kept(config, workdir)
+            evaluate.check_points(config)
         with processes.joined(team):
             train.train(config, workdir, 0.0 if team or shard == shards.WHOLE else math.inf)
     failed, refused, runs = [], [], configs.runs(config, workdir)

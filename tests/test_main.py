@@ -106,6 +106,14 @@ MISTAKES = {
         ["W", QUICK, "--config.evaluate.split=dev"],
         "split is 'dev'; it must be one of train, validation, test, model.",
     ),
+    "more points than there are": (
+        ["W", QUICK, "--config.evaluate.first=100000"],
+        "the first n of 4000 datapoints needs 1 ≤ n ≤ 4000; got 100000",
+    ),
+    "no indices": (
+        ["W", QUICK, "--config.evaluate.indices_file=/nope"],
+        "indices_file=/nope must be a file of integers",
+    ),
     "checkpoint that is not kept": (
         ["W", QUICK, "--config.evaluate.checkpoint=epoch_7"],
         "checkpoint=epoch_7 is none that training keeps: .*epoch_50.*config.train.keep_every=7",

@@ -117,10 +117,13 @@ class Dataset:
     _splits: dict[str, Split] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        sizes = ", ".join(
-            f"{split} {end - start}" for split, (_, start, end) in self._ranges.items()
-        )
+        sizes = ", ".join(f"{split} {size}" for split, size in self.sizes.items())
         return f"<{self.name}: images {list(self.image_shape)} of {self.levels} levels; {sizes}>"
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """{split: number of its datapoints}, for which nothing is read."""
+        return {split: end - start for split, (_, start, end) in self._ranges.items()}
 
     @property
     def train(self) -> Split:
@@ -260,7 +263,7 @@ def subset(split: Split, first: int | None = None, per_class: int | None = None)
     if first is not None:
         if not 1 <= first <= split.size:
             raise UserError(
-                f"the first n of {split.size} images needs 1 ≤ n ≤ {split.size}; got {first}."
+                f"the first n of {split.size} datapoints needs 1 ≤ n ≤ {split.size}; got {first}."
             )
         return np.arange(first)
     if split.labels is None:
