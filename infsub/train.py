@@ -100,6 +100,13 @@ def _train(
     else:
         try:
             inputs, state = _shared(job, *processes.together(lambda: _restore(job)))
+            fields = config.train
+            endless = fields.annealing != "none" and fields.annealing_epochs >= fields.num_epochs
+            if endless and not state.step and processes.is_first():
+                files.say(
+                    f"config.train.annealing_epochs={fields.annealing_epochs} of config.train.num_epochs="
+                    f"{fields.num_epochs}: no epoch is trained at w = 1, on the objective itself."
+                )
             step, number = (_loop if processes.is_first() else _follow)(job, inputs, state)
         finally:
             for member in job.members:

@@ -324,6 +324,16 @@ def test_weights_to_start_from_are_those_of_a_run_that_has_ended(source, tmp_pat
     assert not (tmp_path / "warm").exists()
 
 
+def test_annealing_that_does_not_end_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.modules[train.__module__], "_loop", lambda *_: (0, 0))
+    for epochs, said in ((3, True), (4, False)):
+        train(tiny_config(num_epochs=epochs), tmp_path / str(epochs))
+        shown = (
+            f"annealing_epochs=3 of config.train.num_epochs={epochs}: no epoch is trained at w = 1"
+        )
+        assert (shown in capsys.readouterr().err) == said
+
+
 def test_best_checkpoint_is_that_of_the_best_validation_epoch(tmp_path):
     # At an absurd rate validation goes up and down; which seed ends below its best differs by jax.
     rough = tiny_config(learning_rate=20.0, schedule="constant", num_epochs=6, keep_every=1)
