@@ -91,6 +91,11 @@ def explain(argv: list[str], error: Exception) -> str:
             similar = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean config.{similar[0]}?" if similar else "--help lists them."
             return f"there is no field config.{name}: {hint}"
+    if "get_config() takes" in str(error):
+        return (
+            f"--config={given[-1]}: its get_config() takes no argument after a colon; change its fields by "
+            "flags, such as --config.seed=1."
+        )
     kind = type(error).__name__
     reason = [kind, *filter(None, map(str.strip, str(error).splitlines()))][-1]
     where = "" if type(error).__module__.startswith("absl") else f"--config={given[-1]} failed: "

@@ -275,7 +275,8 @@ def measure(
       0.2 nats
     """
     compilations.keep()
-    settings = (settings or Settings())._replace(families=tuple(families))
+    families = (families,) if isinstance(families, str) else tuple(families)
+    settings = (settings or Settings())._replace(families=families)
     subject = subjects.of_model(model)
     if num_certified and subject.simulate is None:
         raise ValueError(

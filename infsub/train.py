@@ -252,6 +252,11 @@ def _job(config: configs.Config, workdir: Path, held: contextlib.ExitStack, pati
 
 def _source(folder: Path) -> str:
     """The identity of the run whose weights another one starts from."""
+    if not (folder / "config.json").exists():
+        raise UserError(
+            f"config.init_from={folder} holds no run (it has no config.json): give a run's --workdir, or a "
+            "published one."
+        )
     run = records.read_run(folder)
     ended = any((folder / name).exists() for name in ("summary.json", WEIGHTS))
     if (folder / "checkpoints").exists() and not ended:

@@ -428,7 +428,8 @@ def test_killed_in_a_cell_it_continues(command, tmp_path):
     assert answer["code"] == -9, answer["log"]
     first = next(killed.glob("runs/*/train-*/rows.jsonl"))
     before = first.stat().st_mtime_ns
-    assert (killed / "test_set/table.md").is_file()  # of the cell that was done
+    table = (killed / "test_set/table.md").read_text()  # of the cell that was done
+    assert ", scale smoke, 1 of 4 cells: gaussian_train)" in table
     answer = command(*arguments, f"--workdir={killed}")
     assert answer["code"] == 0, answer["log"]
     assert first.stat().st_mtime_ns == before
