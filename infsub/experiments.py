@@ -435,13 +435,10 @@ def _write_summary(
                 wrong[cell.name] = f"an estimate is not finite at datapoints {done['not_finite']}"
     if ended:
         given = config.experiment
-        part = ""
-        if len(ended) < len(cells):
-            part = f", {len(ended)} of {len(cells)} cells: {', '.join(ended)}"
-        title = f"{given.question} ({given.name}, scale {config.scale}{part})"
+        title = f"{given.question} ({given.name}, scale {config.scale})"
         figure = given.figure.to_dict() if show else None  # drawn once, at the end
         thresholds = cells[0].config.report.to_dict()
-        wrong |= report.experiment(title, figure, ended, folder, thresholds)
+        wrong |= report.experiment(title, len(cells), figure, ended, folder, thresholds)
     summary = {
         cell.name: {
             "state": wrong.get(cell.name) or ("done" if cell.name in ended else "to do"),

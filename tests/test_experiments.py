@@ -430,7 +430,7 @@ def test_killed_in_a_cell_it_continues(command, tmp_path):
     first = next(killed.glob("runs/*/train-*/rows.jsonl"))
     before = first.stat().st_mtime_ns
     table = (killed / "test_set/table.md").read_text()  # of the cell that was done
-    assert ", scale smoke, 1 of 4 cells: gaussian_train)" in table
+    assert ", scale smoke): 1 of 4 cells, gaussian_train\n" in table
     answer = command(*arguments, f"--workdir={killed}")
     assert answer["code"] == 0, answer["log"]
     assert first.stat().st_mtime_ns == before

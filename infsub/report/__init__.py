@@ -63,6 +63,7 @@ def join(workdirs: Sequence[str], out: str) -> None:
 
 def experiment(
     title: str,
+    num_cells: int,
     figure: Mapping[str, Any] | None,
     evaluations: Mapping[str, Path],
     out: Path,
@@ -73,7 +74,8 @@ def experiment(
     Cells whose rows give no line of it are left out.
 
     Args:
-      title: first line of table.md.
+      title: first line of table.md, which names the cells where they are not all.
+      num_cells: of the experiment.
       figure: its kind and that kind's arguments, see infsub.experiments.experiment; None: only the
         table, and nothing is printed.
       evaluations: {cell: folder of its rows}.
@@ -94,6 +96,8 @@ def experiment(
             left_out[name] = str(error)
     if runs:
         folders = {run.name: evaluations[run.name] for run in runs}
+        if len(runs) < num_cells:
+            title += f": {len(runs)} of {num_cells} cells, {', '.join(folders)}"
         _write(runs, out, [figure] if figure else [], folders, title)
     return left_out
 
