@@ -233,14 +233,16 @@ def decompose(
     curves, curve_flags = _curves(rows, lines)
     lines = {name: lines[name] for name in schema.in_order(lines)}
     notes, disagreements = _witnesses(rows, lines, min_ess, max_pareto_k)
+    suspects = _suspects(rows, min_ess, max_pareto_k)
+    everywhere = [flag for flag in suspects if _is_of_iwae(flag, lines)]
     return Decomposition(
         rows.indices,
         lines,
         curves,
         families,
         own,
-        [*_on_log_px(lines), *notes, *_on_gaps(lines, families, own)],
-        [*flags, *_suspects(rows, min_ess, max_pareto_k), *disagreements, *curve_flags],
+        [*_on_log_px(lines), *map(_on_iwae, everywhere), *notes, *_on_gaps(lines, families, own)],
+        [*flags, *(f for f in suspects if f not in everywhere), *disagreements, *curve_flags],
     )
 
 
@@ -400,6 +402,20 @@ def _on_log_px(lines: dict[str, Line]) -> list[str]:
             f"no bound; of the means, {means:.2f}."
         )
     return notes
+
+
+def _is_of_iwae(flag: Flag, lines: dict[str, Line]) -> bool:
+    """Whether a flag says of IWAE itself, which log p̂ is not, and of most datapoints: of none to look at."""
+    name = schema.IWAE.name
+    of_most = 2 * len(flag.indices) > len(lines[schema.ELBO.name].values)
+    return flag.about == name and source(lines).name != name and of_most
+
+
+def _on_iwae(flag: Flag) -> str:
+    return (
+        f"{flag.text}, so that it is a bound and no estimate of log p(x); log p̂ is not made of it. One that "
+        "samples Laplace's Gaussian lies nearer (config.evaluate.iwae_start=laplace)."
+    )
 
 
 def _on_gaps(lines: dict[str, Line], families: list[str], own: str) -> list[str]:

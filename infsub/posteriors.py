@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 
 from infsub import densities, flows, linalg
@@ -138,7 +139,12 @@ def start(key: Key, posterior: Posterior, q: Gaussian) -> Params:
     if q.scale.ndim == 2:
         q = q._replace(scale=jnp.tril(q.scale))  # which `place` may multiply by
     if posterior.place is not None and q.scale.ndim == 2:
-        return jax.jit(posterior.place)(params, q)  # its loops would each compile, in every call
+        placed = jax.jit(posterior.place)(params, q)  # its loops would each compile, in every call
+        finite = jnp.all(
+            jnp.isfinite(ravel_pytree(placed)[0])
+        )  # not where q is a line, to rounding
+        based = with_gaussian(params, q)
+        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), placed, based)
     return with_gaussian(params, q)
 
 

@@ -452,9 +452,8 @@ def _end_epochs(
         state = state._replace(best=_choose(better, state.models.variables, state.best))
     if validation and end // train.picture_every > first // train.picture_every:
         _draw(job, inputs, state.step, state.models.variables, job.active)
-    count = np.where(
-        rows["count"][:, 0], rows["count"][:, 0], np.nan
-    )  # of no step there is no mean
+    count = rows["count"][:, 0]
+    count = np.where(count, count, np.nan)  # of no step there is no mean
     shown = validation.get("elbo", rows["elbo"][:, 0] / count)
     kind = "validation ELBO" if validation else "ELBO"
     return state, f"epoch {end}, {kind} {', '.join(f'{v:.2f}' for v in shown)}"

@@ -346,6 +346,23 @@ def test_a_witness_that_finds_more_than_ais_says_so():
     assert flags[text] == [49]
 
 
+@pytest.mark.parametrize(("share", "said"), [(0.3, "flag"), (0.9, "note")])
+def test_what_is_wrong_with_iwae_nearly_everywhere_is_a_note_and_no_datapoint_to_look_at(
+    share, said
+):
+    k = np.where(np.arange(10) < 10 * share, 0.9, 0.1)
+    values = {"elbo": np.zeros(10), "iwae": np.ones(10), "ais": np.ones(10)}
+    text = f"IWAE: Pareto k above 0.7 at {10 * share:.0f} of 10 datapoints"
+    found = gaps.decompose(rows_of(values, iwae_pareto_k=k))
+    notes = [note for note in found.notes if note.startswith(f"{text}, so that it is a bound")]
+    assert (text in [flag.text for flag in found.flags], len(notes)) == (
+        said == "flag",
+        said == "note",
+    )
+    del values["ais"]  # log p̂ is IWAE then, and each is to be looked at
+    assert text in [flag.text for flag in gaps.decompose(rows_of(values, iwae_pareto_k=k)).flags]
+
+
 @pytest.mark.parametrize(
     ("nats", "min_ess", "is_said"),
     [(4.6, gaps.MIN_ESS, False), (9.0, gaps.MIN_ESS, True), (4.6, 0.0, True)],
