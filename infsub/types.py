@@ -45,8 +45,8 @@ def as_partial(function: Callable[..., Any]) -> Partial:
         return function
     code, args, keywords = unbound(function)
     numbers = (
-        Array | np.ndarray | np.generic | float
-    )  # a whole number or a truth value may be structure
+        Array | np.ndarray | np.floating | float
+    )  # whole ones and truth values may be structure
     if all(isinstance(leaf, numbers) for leaf in jax.tree.leaves((args, keywords))):
         if any(isinstance(leaf, Array | np.ndarray) for leaf in jax.tree.leaves(code)):
             args, code = (Packed(code), *args), _call_packed

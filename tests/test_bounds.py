@@ -322,6 +322,11 @@ def test_a_new_datapoint_does_not_compile_anew():
         if x[0] == 0:
             first = len(traces)
     assert len(traces) == first
+    for x in (0.0, 1.0):  # of functools, too
+        infsub.iwae(jax.random.key(0), Target(None, partial(log_likelihood, x), 3), q, 10)
+        if x == 0:
+            first = len(traces)
+    assert len(traces) == first
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # distrax's own, of JAX's insides
