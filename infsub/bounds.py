@@ -221,7 +221,7 @@ def pareto_k(tail: Samples) -> Scalar:
     """Shape k of a generalised Pareto fitted to the largest weights, tail [M+1] descending -> [].
 
     The smallest of the tail is the threshold the M others exceed. Where a quarter equals it nothing can be
-    fitted: k is inf where the others together outweigh a tail of such, and rule the estimate, else −inf.
+    fitted: k is at least 1 where the others together outweigh a tail of such, and so rule, else −inf.
     Zhang & Stephens' (2009) estimator with the prior of Vehtari et al. 2024, arXiv 1507.02646, app. G;
     where the tail spans more than float32 does, Hill's (1975), the mean of log weight/threshold.
     """
@@ -244,4 +244,4 @@ def pareto_k(tail: Samples) -> Scalar:
     k = jnp.where(wide, hill, k)
     tied = jnp.where(wide, tail[size - 1 - rank] == tail[-1], quartile == 0)  # to rounding
     few_rule = jnp.sum(excess) > size * weights[0]
-    return jnp.where(tied, jnp.where(few_rule, jnp.inf, -jnp.inf), k)
+    return jnp.where(tied, jnp.where(few_rule, jnp.maximum(hill, 1), -jnp.inf), k)

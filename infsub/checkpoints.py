@@ -214,9 +214,10 @@ def load_variables(workdir: str | Path, which: str = "best") -> tuple[Variables,
         raise UserError(f"{error}; remove {gone}, and the training command goes on.") from error
     best_step = int(tree["progress"]["best_step"])
     if which == "best" and not best_step:  # they are the weights before the first step
+        go_on = "" if (Path(workdir) / "summary.json").exists() else "go on training, or "
         raise UserError(
-            f"no validation value of {workdir} was finite so far, so no weights are its best: go on "
-            "training, or give config.evaluate.checkpoint=last."
+            f"no validation value of {workdir} was finite so far, so no weights are its best: {go_on}give "
+            "config.evaluate.checkpoint=last."
         )
     return tree[name], best_step if which == "best" else step
 

@@ -317,16 +317,6 @@ def resolve(config: Config) -> Config:
             "config.train.on=model draws each batch from a decoder that does not change: give "
             "config.train.freeze=decoder and config.init_from=WORKDIR, a run to take it from."
         )
-    if config.init_parts != "all" and not config.init_from:
-        raise UserError(
-            f"config.init_parts={config.init_parts} takes this part of another run, and there is none; "
-            "give config.init_from=WORKDIR, or leave it out."
-        )
-    if config.train.objective == "iwae" and config.train.num_samples == 1:
-        raise UserError(
-            "config.train.objective=iwae of config.train.num_samples=1 is the ELBO; give num_samples of 2 "
-            "or more, or objective=elbo."
-        )
     if config.model.checkpoint and not config.model.imported:
         raise UserError(
             "config.model.checkpoint is what a model of one's own is built from: give "

@@ -27,6 +27,8 @@ def normal(z: Vector, mean: Vector | Number, scale: Vector | Number) -> Scalar:
 
 def _like(shape: tuple[int, ...], value: Pixels | Number) -> Array:
     """`value` where it has this shape, or one for all; [D] against [D, 1] would be [D, D], and summed."""
+    if jnp.size(value) == 1:  # such as a learnt scale
+        value = jnp.reshape(value, ())
     if jnp.shape(value) not in (shape, ()):
         raise ValueError(
             f"a density of values of shape {shape} needs parameters of that shape, or one number; got "
@@ -94,7 +96,7 @@ def _softplus_jvp(primals, tangents):  # pyright: ignore
 def _flat(x: Any, *parameters: Pixels) -> list[Array]:
     """x and its parameters as [X], these of x's size in any shape, or one number for all."""
     size = jnp.size(x)
-    if wrong := [jnp.shape(a) for a in parameters if jnp.ndim(a) and jnp.size(a) != size]:
+    if wrong := [jnp.shape(a) for a in parameters if jnp.size(a) not in (1, size)]:
         raise ValueError(
             f"x of shape {jnp.shape(x)} needs parameters of its size, or one number; got shape {wrong[0]}"
         )

@@ -253,7 +253,7 @@ def _points_of(split: data.Split, levels: int, root: Key) -> _Points:
     return _Points(split.size, split.labels, at, shown)
 
 
-def check_points(config: configs.Config) -> None:
+def check_points(config: configs.Config, _: Path) -> None:
     """Raises UserError where there are not the datapoints to evaluate, before all is trained for them.
 
     Not of as many of each class: for that the data would have to be read.

@@ -413,8 +413,8 @@ def _is_of_iwae(flag: Flag, lines: dict[str, Line]) -> bool:
 
 def _on_iwae(flag: Flag) -> str:
     return (
-        f"{flag.text}, so that it is a bound and no estimate of log p(x); log p̂ is not made of it. One that "
-        "samples Laplace's Gaussian lies nearer (config.evaluate.iwae_start=laplace)."
+        f"{flag.text}, so that it is a bound and no estimate of log p(x); log p̂ is not made of it. From "
+        "q(z|x) that is no surprise: from Laplace's Gaussian it lies nearer (config.evaluate.iwae_start)."
     )
 
 

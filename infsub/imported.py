@@ -116,10 +116,10 @@ def failed(config: configs.Config, folder: Path, error: Exception) -> UserError:
     """What the model's functions raised on its data as a sentence; the traceback is left in `folder`."""
     path = folder / "error.txt"
     files.write_bytes(path, "".join(traceback.format_exception(error)).encode())
-    reason = " ".join(str(error).split())
+    reason = ": ".join(filter(None, [type(error).__name__, " ".join(str(error).split())]))
     return UserError(
-        f"--config.model.import={config.model.imported} failed on its data: {type(error).__name__}: "
-        f"{reason.removesuffix('.')}. The traceback is in {path}."
+        f"--config.model.import={config.model.imported} failed on its data: {reason.removesuffix('.')}. "
+        f"The traceback is in {path}."
     )
 
 

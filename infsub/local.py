@@ -163,7 +163,7 @@ class LocalResult(NamedTuple):
       params: of the best window, or the start where none was better or finite.
       elbo: L[q*] in nats, from fresh samples: they neither fitted nor chose the parameters.
       num_steps: [], steps taken.
-      converged: [], False where max_steps came first or no ELBO was finite.
+      converged: [], False where max_steps came first or no ELBO was finite, or no gradient.
       iwae: the importance-weighted bound of q*, from the samples of `elbo`.
     """
 

@@ -65,7 +65,7 @@ def owned(folder: Path, activity: str, patience: float = 0.0) -> Iterator[None]:
     """
     note = folder / f".{activity}.json"
     ended = threading.Event()
-    with _acquire(folder, activity, note, patience):
+    with _acquire(folder, activity, note, patience) as lock:
         # A signal leaves no note that would hold up the same job on another host.
         ending = signals.at_end(functools.partial(note.unlink, missing_ok=True))
         threading.Thread(target=_show_life, args=(note, ended), daemon=True).start()
@@ -75,6 +75,8 @@ def owned(folder: Path, activity: str, patience: float = 0.0) -> Iterator[None]:
             ended.set()
             ending()
             note.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a forked child may hold the file open
+                fcntl.flock(lock, fcntl.LOCK_UN)
 
 
 def _acquire(folder: Path, activity: str, note: Path, patience: float) -> IO[bytes]:

@@ -268,10 +268,10 @@ def run(
     elif mode == "report" and not config.model.imported:
         records.check_config(config, workdir)
     elif mode in ("run", "train"):
-        if mode == "run":
-            train.check_kept(config, workdir)
-            evaluate.check_points(config)
         with processes.joined(team):
+            if mode == "run":
+                for check in (train.check_kept, evaluate.check_points):
+                    processes.together(functools.partial(check, config, workdir))
             train.train(config, workdir, 0.0 if team or shard == shards.WHOLE else math.inf)
     failed, refused, runs = [], [], configs.runs(config, workdir)
     for member, folder in runs:
@@ -288,7 +288,7 @@ def run(
         except (records.Stopped, OSError, MemoryError):
             raise
         except Exception as error:  # their code may raise anything
-            if not config.model.imported:
+            if not config.model.imported or mode == "report":
                 raise
             raise imported.failed(config, folder, error) from error
     if len(refused) == len(runs) and not failed:

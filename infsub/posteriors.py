@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 
 from infsub import densities, flows, linalg
@@ -139,12 +138,7 @@ def start(key: Key, posterior: Posterior, q: Gaussian) -> Params:
     if q.scale.ndim == 2:
         q = q._replace(scale=jnp.tril(q.scale))  # which `place` may multiply by
     if posterior.place is not None and q.scale.ndim == 2:
-        placed = jax.jit(posterior.place)(params, q)  # its loops would each compile, in every call
-        finite = jnp.all(
-            jnp.isfinite(ravel_pytree(placed)[0])
-        )  # not where q is a line, to rounding
-        based = with_gaussian(params, q)
-        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), placed, based)
+        return jax.jit(posterior.place)(params, q)  # its loops would each compile, in every call
     return with_gaussian(params, q)
 
 
@@ -588,7 +582,11 @@ def auxiliary(
         )
         steps = [shared["steps"][0] | {"first": first}, *shared["steps"][1:]]
         params = with_gaussian(params, Gaussian(q.mean, scale))
-        return params | {"shared": shared | {"r": r, "steps": steps}}
+        placed = params | {"shared": shared | {"r": r, "steps": steps}}
+        # Where q is a line, to rounding, an eigenvalue may come out negative.
+        finite = jnp.all(jnp.isfinite(root))
+        based = with_gaussian(params, narrow) | {"shared": shared}
+        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), placed, based)
 
     narrowest = min(min(hidden, default=0), min(auxiliary_hidden, default=0))
     wide = num_v == latent_dim <= narrowest  # a net without hidden layers has no units to place

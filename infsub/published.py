@@ -120,9 +120,14 @@ def is_trained(config: configs.Config, workdir: Path | None = None) -> bool:
     return (
         bool(config.init_from)
         and (source / checkpoints.WEIGHTS).exists()
-        and not (workdir and (workdir / "checkpoints").exists())
+        and not (workdir and _is_trained_here(workdir))
         and not records.differences(config, records.read_run(source))
     )
+
+
+def _is_trained_here(workdir: Path) -> bool:
+    """Whether a run has begun to train in `workdir`, of its own accord and not as `claim` makes it."""
+    return (workdir / "config.json").exists() and not (workdir / checkpoints.WEIGHTS).exists()
 
 
 def claim(config: configs.Config, workdir: Path) -> None:

@@ -150,7 +150,7 @@ def read_run(workdir: Path, *needed: str) -> dict[str, Any]:
     run = files.read_json(path)
     if run is None:
         begin = "one is begun by --config=FILE.py without --mode"
-        if any(Path(workdir).glob("cells.json")) or any(Path(workdir).glob("*/cells.json")):
+        if (Path(workdir) / "cells.json").exists() or any(Path(workdir).glob("*/cells.json")):
             begin = "it is of experiments, and each has its --config"
         raise UserError(
             f"{workdir} holds no run (it has no config.json): give a run's --workdir; {begin}."

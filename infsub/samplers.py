@@ -97,7 +97,7 @@ def check_digits(name: str, value: Any) -> None:
     if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 4:
         raise TypeError(
             f"{name} must return float32 or float64, in nats; it returned {dtype}: convert its terms "
-            "before they are summed, as with .astype('float32')"
+            "before they are summed, as with .astype('float32'); a constant is 0.0"
         )
 
 

@@ -66,8 +66,10 @@ def train(config: configs.Config, workdir: str | Path, patience: float = 0.0) ->
 def check_kept(config: configs.Config, workdir: Path) -> None:
     """Raises UserError where training would end without the checkpoint that is to be evaluated."""
     which, train = config.evaluate.checkpoint, config.train
+    if not which.startswith("epoch_"):
+        return
     ended = [(folder / "summary.json").exists() for _, folder in configs.runs(config, workdir)]
-    if not which.startswith("epoch_") or all(ended):  # what there is, evaluation says itself
+    if all(ended):  # what there is, evaluation says itself
         return
     epoch = int(which[6:])
     before = 0 < epoch < train.num_epochs
@@ -100,13 +102,9 @@ def _train(
     else:
         try:
             inputs, state = _shared(job, *processes.together(lambda: _restore(job)))
-            fields = config.train
-            endless = fields.annealing != "none" and fields.annealing_epochs >= fields.num_epochs
-            if endless and not state.step and processes.is_first():
-                files.say(
-                    f"config.train.annealing_epochs={fields.annealing_epochs} of config.train.num_epochs="
-                    f"{fields.num_epochs}: no epoch is trained at w = 1, on the objective itself."
-                )
+            if not state.step and processes.is_first():
+                for sentence in _idle(config):
+                    files.say(sentence)
             step, number = (_loop if processes.is_first() else _follow)(job, inputs, state)
         finally:
             for member in job.members:
@@ -138,6 +136,21 @@ def _judge(job: Job, step: int, number: int) -> None:
             "smaller config.train.learning_rate or a config.train.gradient_clip, in another --workdir.",
             exit_code=1,
         )
+
+
+def _idle(config: configs.Config) -> list[str]:
+    """Settings that do not do what they say, each in a sentence."""
+    train, found = config.train, []
+    if train.annealing != "none" and train.annealing_epochs >= train.num_epochs:
+        found.append(
+            f"config.train.annealing_epochs={train.annealing_epochs} of config.train.num_epochs="
+            f"{train.num_epochs}: no epoch is trained at w = 1, on the objective itself."
+        )
+    if train.objective == "iwae" and train.num_samples == 1:
+        found.append("config.train.objective=iwae of config.train.num_samples=1 is the ELBO.")
+    if config.init_parts != "all" and not config.init_from:
+        found.append(f"config.init_parts={config.init_parts} of no config.init_from takes nothing.")
+    return found
 
 
 class Job(NamedTuple):

@@ -44,10 +44,7 @@ def as_partial(function: Callable[..., Any]) -> Partial:
     if isinstance(function, Partial):
         return function
     code, args, keywords = unbound(function)
-    numbers = (
-        Array | np.ndarray | np.floating | float
-    )  # whole ones and truth values may be structure
-    if all(isinstance(leaf, numbers) for leaf in jax.tree.leaves((args, keywords))):
+    if all(isinstance(leaf, Array | np.ndarray) for leaf in jax.tree.leaves((args, keywords))):
         if any(isinstance(leaf, Array | np.ndarray) for leaf in jax.tree.leaves(code)):
             args, code = (Packed(code), *args), _call_packed
         return Partial(code, *args, **keywords)

@@ -4,8 +4,9 @@ Let g be the inference gap, a the amortization gap of the encoder's own family a
 gap, g = a + p. The first rule that holds decides. "Beyond" is by more than 2 standard errors, and 0.01
 nats: of a model's mean the paired error over datapoints, of a datapoint the Monte Carlo one.
 
-1. inconclusive (log p̂): it is in doubt. A bound is not finite; it has too few effective samples; it is
-   IWAE, and Pareto k is too large; another start's bound lies beyond it; or g is negative beyond.
+1. inconclusive (log p̂): it is in doubt. A bound is not finite; it has too few effective samples, or its
+   HMC too low an acceptance; it is IWAE, and Pareto k is too large; another start's bound lies beyond it;
+   or g is negative beyond.
 2. inconclusive (the certificate): upper − lower bound of simulated data, with 2 errors, exceeds g, and
    TIGHT nats.
 3. tight: g, with 2 errors, is below TIGHT nats. Without an L[q*] of the own family no more can be said.
@@ -48,7 +49,8 @@ _NEXT = {
     "certificate": "Take more AIS temperatures, until the certificate is narrower than the gap.",
     "finite": "Look at this x and at what the model makes of it: a bound is not finite.",
     "errors": "Both gaps are equal within 2 errors: take more samples, for the mean more datapoints.",
-    "nothing": "Measure log p̂ and L[q*] of the encoder's own family, named in `families`.",
+    "nothing": "Measure log p̂ and L[q*] of the encoder's own family: name it in `families`, and as `own` or "
+    "model.posterior.name where q is a sampler.",
 }
 
 

@@ -97,9 +97,10 @@ def plan(
     """
     jobs: list[Job] = []
     folders: dict[str, Path] = {}
+    kinds = set()
     for file in config_files:
-        kind = _kind(file, overrides)
         for seed in seeds:
+            kinds.add(kind := _kind(file, overrides, seed))
             name = f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', _stem(file))}-seed_{seed}"
             if name in folders:
                 sys.exit(
@@ -120,7 +121,7 @@ def plan(
             jobs += parts
             ended = tuple(part.name for part in parts)
             jobs.append(Job(f"{name}-report", (*base, "--mode=report"), ended, "afterany"))
-    if len(folders) > 1 and "experiment" not in [_kind(f, overrides) for f in config_files]:
+    if len(folders) > 1 and "experiment" not in kinds:
         reports = tuple(f"{name}-report" for name in folders)
         runs = [f"{name}={folder}" for name, folder in folders.items()]
         command = _infsub("report", f"--out={workdir / 'report'}", "--workdirs", *runs)
@@ -138,12 +139,17 @@ def _stem(file: str) -> str:
     return "-".join(filter(None, [Path(path).stem, argument.replace("=", "_")]))
 
 
-def _is_trained(config: Any, overrides: Sequence[str]) -> bool:
+# Flags that do not change what a published model's weights are.
+_NO_WEIGHTS = ("--config.evaluate.", "--config.report.", "--config.data.dir=")
+
+
+def _is_trained(config: Any, overrides: Sequence[str], seed: int) -> bool:
     """Whether there are weights already: of a model of one's own, or of a published one."""
     own = ("--config.model.import=", "--config.model.imported=")
     if config.model.imported or any(override.startswith(own) for override in overrides):
         return True
-    if not config.init_from:
+    others = [override for override in overrides if not override.startswith(_NO_WEIGHTS)]
+    if not config.init_from or others or seed != config.seed:
         return False
     from infsub import published  # flax and orbax: not for other sweeps
     from infsub.config import resolve
@@ -151,7 +157,7 @@ def _is_trained(config: Any, overrides: Sequence[str]) -> bool:
     return published.is_trained(resolve(config))
 
 
-def _kind(file: str, overrides: Sequence[str]) -> str:
+def _kind(file: str, overrides: Sequence[str], seed: int) -> str:
     """ "experiment", whose cells train and evaluate by themselves; "trained"; or "run", to be trained."""
     path, _, argument = file.partition(":")
     spec = importlib.util.spec_from_file_location("config_of_sweep", path)
@@ -163,7 +169,7 @@ def _kind(file: str, overrides: Sequence[str]) -> str:
         config = module.get_config(*filter(None, [argument]))
         if "experiment" in config:
             return "experiment"
-        return "trained" if _is_trained(config, overrides) else "run"
+        return "trained" if _is_trained(config, overrides, seed) else "run"
     except Exception as error:  # a config file may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         sys.exit(f"launch.sweep: --config={file}: {reason}")

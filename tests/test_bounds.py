@@ -171,6 +171,7 @@ def test_pareto_k_of_weights_that_a_few_rule_warns(floor):
     tail = np.full((3, bounds._tail_size(4000) + 1), floor, np.float32)
     tail[0, :20] = tail[1, 0] = 0
     tail[2, 0] = floor + 1  # one that hardly counts
+    assert np.isfinite(pareto_ks(tail)[:2]).all()  # as rows keep it
     assert (np.asarray(pareto_ks(tail))[:2] > 0.7).all()
     assert np.isinf(floor) or pareto_ks(tail)[2] == -np.inf
 
@@ -320,11 +321,6 @@ def test_a_new_datapoint_does_not_compile_anew():
     for x in (jnp.zeros(3), jnp.ones(3), 2 * jnp.ones(3)):
         infsub.iwae(jax.random.key(0), Target(None, Partial(log_likelihood, x), 3), q, 10)
         if x[0] == 0:
-            first = len(traces)
-    assert len(traces) == first
-    for x in (0.0, 1.0):  # of functools, too
-        infsub.iwae(jax.random.key(0), Target(None, partial(log_likelihood, x), 3), q, 10)
-        if x == 0:
             first = len(traces)
     assert len(traces) == first
 

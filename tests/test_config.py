@@ -84,11 +84,6 @@ def test_a_value_that_nothing_could_use_is_named(name, value):
             {"seed": 2**31 - 1, "train.num_seeds": 2},
             "num_seeds=2 models are of the seeds 2147483647 to 2147483648; .* from 0 to 2147483647",
         ),
-        (
-            {"train.objective": "iwae"},
-            "objective=iwae of config.train.num_samples=1 is the ELBO; give .* more, or",
-        ),
-        ({"init_parts": "decoder"}, "init_parts=decoder takes .*; give config.init_from=WORKDIR"),
         ({"train.freeze": "decoder"}, "would freeze an untrained decoder; give config.init_from"),
     ],
     ids=str,

@@ -58,8 +58,7 @@ def test_a_sweep_is_every_run_trained_evaluated_in_shards_and_reported(tmp_path)
     assert named["join"].needs == ("tiny-seed_0-report", "tiny-seed_3-report")
 
 
-WEIGHTS = min(ROOT.glob("configs/paper/results/runs/*/weights.npz")).parent
-PUBLISHED = min(WEIGHTS.glob("*/evaluation.json")).parent.relative_to(WEIGHTS.parent)
+PUBLISHED = "binarized_mnist-gaussian-697ad6c2/train-2c6320a0"
 
 
 @pytest.mark.parametrize(
@@ -81,6 +80,15 @@ def test_what_is_trained_already_is_not_trained(tmp_path, config, overrides):
     ]  # fmt: skip
     assert [job.needs for job in jobs[:2]] == [(), ()]
     assert "--mode=evaluate" in jobs[0].command
+
+
+@pytest.mark.parametrize(
+    ("seed", "overrides"), [(1, []), (0, ["--config.train.num_epochs=10"])], ids=str
+)
+def test_other_weights_than_the_published_are_trained(tmp_path, seed, overrides):
+    config = f"{ROOT}/configs/published.py:run={PUBLISHED}"
+    first = sweep.plan([config], [seed], 1, tmp_path, overrides)[0]
+    assert "--mode=train" in first.command
 
 
 def test_shards_of_an_experiment_share_its_cells(tmp_path):

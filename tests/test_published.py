@@ -164,7 +164,8 @@ def test_a_run_of_it_trains_nothing(tmp_path, monkeypatch, capsys):
     """But one with another setting starts from its weights, and trains, as --mode=train does."""
     trained = []
     monkeypatch.setattr(train, "train", lambda config, *_: trained.append(config))
-    monkeypatch.setattr(evaluate, "evaluate", lambda *_: [])
+    for name in ("evaluate", "check_points"):
+        monkeypatch.setattr(evaluate, name, lambda *_: [])
     monkeypatch.setattr(report, "report", lambda *_: None)
     results = Path(__file__).parent.parent / published.FOLDER
     weights, *_ = sorted(results.glob(f"runs/*/{checkpoints.WEIGHTS}"))
@@ -177,7 +178,8 @@ def test_a_run_of_it_trains_nothing(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.count("nothing is trained: the weights are those of") == 2
     assert not trained
     main.run("train", config, tmp_path / "more")
-    (tmp_path / "more" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more/config.json").write_text("{}")
     main.run("run", config, tmp_path / "more")  # it goes on
     longer = config.copy_and_resolve_references().unlock()
     longer.train.num_epochs += 1

@@ -176,7 +176,7 @@ def test_a_claim_is_judged_from_the_rows(small, large, verdict, number):
         "encoder_500_500": [a_run(gap, 1.0, noise=0.2) for gap in large],
     }
     said, sentence = judged("larger encoder", cells_of("larger_encoder", runs))
-    assert said == f"{verdict} at scale `small`, where 1 of 3 comparisons are measured"
+    assert said == f"{verdict} at scale `small`, where 1 of 3 comparisons is measured"
     assert number in sentence
     assert sentence.endswith("; 50 points.")
     assert "in nats: seed 0: " in sentence
@@ -230,7 +230,7 @@ def test_a_smaller_scale_has_its_say_until_all_of_a_claim_is_measured_at_a_large
     cells["no_annealing"] |= cells_of("no_annealing", small)["no_annealing"]
     statement = "leaves larger amortization gaps"
     said, below = (said for said, _ in all_judged(statement, cells))
-    assert said == "confirmed at scale `full`, where 1 of 2 comparisons are measured"
+    assert said == "confirmed at scale `full`, where 1 of 2 comparisons is measured"
     assert below == "confirmed at scale `small`"
     cells = cells_of("no_annealing", small, "full")
     cells["no_annealing"] |= cells_of("no_annealing", small)["no_annealing"]

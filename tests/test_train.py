@@ -324,7 +324,7 @@ def test_weights_to_start_from_are_those_of_a_run_that_has_ended(source, tmp_pat
     assert not (tmp_path / "warm").exists()
 
 
-def test_annealing_that_does_not_end_is_said(tmp_path, monkeypatch, capsys):
+def test_what_a_setting_does_not_do_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.modules[train.__module__], "_loop", lambda *_: (0, 0))
     for epochs, said in ((3, True), (4, False)):
         train(tiny_config(num_epochs=epochs), tmp_path / str(epochs))
@@ -332,6 +332,12 @@ def test_annealing_that_does_not_end_is_said(tmp_path, monkeypatch, capsys):
             f"annealing_epochs=3 of config.train.num_epochs={epochs}: no epoch is trained at w = 1"
         )
         assert (shown in capsys.readouterr().err) == said
+    config = tiny_config(objective="iwae").unlock()
+    config.init_parts = "decoder"
+    train(config.lock(), tmp_path / "idle")
+    err = capsys.readouterr().err
+    assert "objective=iwae of config.train.num_samples=1 is the ELBO." in err
+    assert "init_parts=decoder of no config.init_from takes nothing." in err
 
 
 def test_best_checkpoint_is_that_of_the_best_validation_epoch(tmp_path):

@@ -232,7 +232,7 @@ def test_the_optimum_of_another_family_than_the_encoders_is_not_blamed(own):
     assert judged.sentences[0].startswith(
         "Verdict: inconclusive (the gap is not split). The inference gap"
     )
-    assert "the encoder's own family, named in `families`" in judged.model.advice
+    assert "the encoder's own family: name it in `families`" in judged.model.advice
     assert not any("Negative" in note for note in found.notes)
     assert str(verdicts.judge(parsed, gaps.decompose(parsed, "gaussian")).model) == "optimiser"
 

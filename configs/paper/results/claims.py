@@ -289,7 +289,8 @@ def _judge(claim: Claim, findings: Mapping[int, Sequence[Finding]], scale: str) 
     said = f"{verdicts.pop() if len(verdicts) == 1 else 'unclear'} at scale `{scale}`"
     first = next(iter(findings.values()))
     if len(first) < claim.number:
-        said += f", where {len(first)} of {claim.number} comparisons are measured"
+        are = "is" if len(first) == 1 else "are"
+        said += f", where {len(first)} of {claim.number} comparisons {are} measured"
     figures = "; ".join(
         f"seed {seed}: {', '.join(map(str, made))}" for seed, made in findings.items()
     )
