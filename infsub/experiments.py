@@ -438,7 +438,7 @@ def _write_summary(
         title = f"{given.question} ({given.name}, scale {config.scale})"
         figure = given.figure.to_dict() if show else None  # drawn once, at the end
         thresholds = cells[0].config.report.to_dict()
-        wrong |= report.experiment(title, len(cells), figure, ended, folder, thresholds)
+        wrong |= report.experiment(title, figure, ended, folder, thresholds, len(cells))
     summary = {
         cell.name: {
             "state": wrong.get(cell.name) or ("done" if cell.name in ended else "to do"),

@@ -63,19 +63,18 @@ def join(workdirs: Sequence[str], out: str) -> None:
 
 def experiment(
     title: str,
-    num_cells: int,
     figure: Mapping[str, Any] | None,
     evaluations: Mapping[str, Path],
     out: Path,
     thresholds: Mapping[str, float] = MappingProxyType({}),
+    num_cells: int = 0,
 ) -> dict[str, str]:
     """The table of an experiment's cells under its question, and the figure that answers it.
 
     Cells whose rows give no line of it are left out.
 
     Args:
-      title: first line of table.md, which names the cells where they are not all.
-      num_cells: of the experiment.
+      title: first line of table.md, which names the cells where they are fewer than num_cells.
       figure: its kind and that kind's arguments, see infsub.experiments.experiment; None: only the
         table, and nothing is printed.
       evaluations: {cell: folder of its rows}.
