@@ -87,14 +87,14 @@ def experiment(
     Raises:
       UserError: nothing can be written there.
     """
-    runs, left_out = [], {}
+    runs, folders, left_out = [], {}, {}
     for name, folder in evaluations.items():
         try:
             runs.append(load_run(str(folder), name, thresholds))
+            folders[runs[-1].name] = folder
         except UserError as error:
             left_out[name] = str(error)
     if runs:
-        folders = {run.name: evaluations[run.name] for run in runs}
         if len(runs) < num_cells:
             title += f": {len(runs)} of {num_cells} cells, {', '.join(folders)}"
         _write(runs, out, [figure] if figure else [], folders, title)
