@@ -95,12 +95,8 @@ def _softplus_jvp(primals, tangents):  # pyright: ignore
 
 def _flat(x: Any, *parameters: Pixels) -> list[Array]:
     """x and its parameters as [X], these of x's size in any shape, or one number for all."""
-    size = jnp.size(x)
-    if wrong := [jnp.shape(a) for a in parameters if jnp.size(a) not in (1, size)]:
-        raise ValueError(
-            f"x of shape {jnp.shape(x)} needs parameters of its size, or one number; got shape {wrong[0]}"
-        )
-    return [jnp.broadcast_to(jnp.ravel(a), (size,)) for a in (x, *parameters)]
+    x = jnp.ravel(x)
+    return [x, *(_like(x.shape, jnp.ravel(a)) for a in parameters)]
 
 
 def bernoulli_logits(x: Any, logits: Pixels) -> Scalar:

@@ -253,11 +253,32 @@ def _points_of(split: data.Split, levels: int, root: Key) -> _Points:
     return _Points(split.size, split.labels, at, shown)
 
 
-def check_points(config: configs.Config, _: Path) -> None:
-    """Raises UserError where there are not the datapoints to evaluate, before all is trained for them.
+def _check_kept(config: configs.Config, workdir: Path) -> None:
+    """Raises UserError where training would end without the checkpoint that is to be evaluated."""
+    which, train = config.evaluate.checkpoint, config.train
+    if not which.startswith("epoch_"):
+        return
+    ended = [(folder / "summary.json").exists() for _, folder in configs.runs(config, workdir)]
+    if all(ended):  # what there is, evaluation says itself
+        return
+    epoch = int(which[6:])
+    before = 0 < epoch < train.num_epochs
+    kept = before and train.keep_every and epoch % train.keep_every == 0
+    if not kept and epoch != train.num_epochs:
+        every = f"that of every {train.keep_every} epochs and " if train.keep_every else ""
+        other = f", or config.train.keep_every={epoch}" if before else ""
+        raise UserError(
+            f"config.evaluate.checkpoint={which} is none that training keeps: it keeps {every}the last "
+            f"one, epoch_{train.num_epochs}. Give one of these{other}."
+        )
+
+
+def check(config: configs.Config, workdir: Path) -> None:
+    """Raises UserError where there will be no such checkpoint or datapoints, before all is trained for them.
 
     Not of as many of each class: for that the data would have to be read.
     """
+    _check_kept(config, workdir)
     size = data.load_config(config.data).sizes.get(config.evaluate.split)
     if size:  # not of what the model simulates
         choose(types.SimpleNamespace(size=size, labels=None), config.evaluate)

@@ -383,8 +383,7 @@ def _run_cell(
     start = time.monotonic()
     try:
         if evaluated:
-            train.check_kept(cell.config, cell.folder)
-            evaluate.check_points(cell.config, cell.folder)
+            evaluate.check(cell.config, cell.folder)
         train.train(cell.config, cell.folder, patience)
         if not evaluated:
             return ""

@@ -607,8 +607,14 @@ def _search(
             needed = jax.lax.cond(attempt.wide, is_far, lambda _: jnp.asarray(True), state.best)
         best, values = begin
         moments, num_stalled = _ADAM.init(best), jnp.where(needed, 0, attempt.patience)
-        start = state._replace(params=best, moments=moments, best=best, best_values=values)
-        start = start._replace(rate=attempt.rate, num_stalled=num_stalled)
+        start = state._replace(
+            params=best,
+            moments=moments,
+            best=best,
+            best_values=values,
+            rate=attempt.rate,
+            num_stalled=num_stalled,
+        )
         end = jax.lax.while_loop(unfinished, partial(run_window, attempt), start)
         better, _ = _compare(end.best_values, state.best_values)
         best, values = _where(better, (end.best, end.best_values), held)

@@ -270,8 +270,7 @@ def run(
     elif mode in ("run", "train"):
         with processes.joined(team):
             if mode == "run":
-                for check in (train.check_kept, evaluate.check_points):
-                    processes.together(functools.partial(check, config, workdir))
+                processes.together(lambda: evaluate.check(config, workdir))
             train.train(config, workdir, 0.0 if team or shard == shards.WHOLE else math.inf)
     failed, refused, runs = [], [], configs.runs(config, workdir)
     for member, folder in runs:

@@ -585,7 +585,7 @@ def auxiliary(
         placed = params | {"shared": shared | {"r": r, "steps": steps}}
         # Where q is a line, to rounding, an eigenvalue may come out negative.
         finite = jnp.all(jnp.isfinite(root))
-        based = with_gaussian(params, narrow) | {"shared": shared}
+        based = with_gaussian(params, narrow)
         return jax.tree.map(lambda a, b: jnp.where(finite, a, b), placed, based)
 
     narrowest = min(min(hidden, default=0), min(auxiliary_hidden, default=0))

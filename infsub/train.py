@@ -63,26 +63,6 @@ def train(config: configs.Config, workdir: str | Path, patience: float = 0.0) ->
         _train(config, workdir, held, patience)
 
 
-def check_kept(config: configs.Config, workdir: Path) -> None:
-    """Raises UserError where training would end without the checkpoint that is to be evaluated."""
-    which, train = config.evaluate.checkpoint, config.train
-    if not which.startswith("epoch_"):
-        return
-    ended = [(folder / "summary.json").exists() for _, folder in configs.runs(config, workdir)]
-    if all(ended):  # what there is, evaluation says itself
-        return
-    epoch = int(which[6:])
-    before = 0 < epoch < train.num_epochs
-    kept = before and train.keep_every and epoch % train.keep_every == 0
-    if not kept and epoch != train.num_epochs:
-        every = f"that of every {train.keep_every} epochs and " if train.keep_every else ""
-        other = f", or config.train.keep_every={epoch}" if before else ""
-        raise UserError(
-            f"config.evaluate.checkpoint={which} is none that training keeps: it keeps {every}the last "
-            f"one, epoch_{train.num_epochs}. Give one of these{other}."
-        )
-
-
 def _train(
     config: configs.Config, workdir: Path, held: contextlib.ExitStack, patience: float
 ) -> None:

@@ -58,7 +58,7 @@ def test_every_experiment_expands(name, scale, tmp_path):
         assert set(cell.needs) <= seen, "a cell stands before what it needs"
         seen.add(cell.name)
         configs.resolve(cell.config)
-        train.check_kept(cell.config, cell.folder)
+        evaluate._check_kept(cell.config, cell.folder)
         if scale == "smoke":
             assert cell.config.data.name == "mnist5k"
     assert seen == set(dict(config.experiment.cells)) >= set(config.experiment.smoke)

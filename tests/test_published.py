@@ -164,7 +164,7 @@ def test_a_run_of_it_trains_nothing(tmp_path, monkeypatch, capsys):
     """But one with another setting starts from its weights, and trains, as --mode=train does."""
     trained = []
     monkeypatch.setattr(train, "train", lambda config, *_: trained.append(config))
-    for name in ("evaluate", "check_points"):
+    for name in ("evaluate", "check"):
         monkeypatch.setattr(evaluate, name, lambda *_: [])
     monkeypatch.setattr(report, "report", lambda *_: None)
     results = Path(__file__).parent.parent / published.FOLDER
