@@ -90,7 +90,9 @@ class Checkpoints:
         Those that `restore` found damaged are kept aside.
         """
         for path in self._damaged:
-            os.replace(path, path.with_suffix(".damaged"))
+            aside = path.with_suffix(".damaged")
+            shutil.rmtree(aside, ignore_errors=True)  # of this step, damaged once before
+            os.replace(path, aside)
         self._damaged.clear()
         for path in self._directory.glob("*"):
             newer = path.name.isdecimal() and int(path.name) > last_step

@@ -79,8 +79,9 @@ def one_of(*choices: str) -> Rule:
 
 
 def _is_folder(name: str) -> bool:
-    made = ("checkpoints", "tensorboard") if not name.startswith("seed_") else (name,)
-    return bool(re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", name)) and name not in made
+    made = r"checkpoints|tensorboard|seed_.*|.*\.(json|jsonl|csv|html|md|npz|pdf|png|tex)"
+    named = re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", name)
+    return bool(named) and not re.fullmatch(made, name)
 
 
 def _increases(steps: Any) -> bool:
@@ -95,7 +96,7 @@ NOT_NEGATIVE = Rule("at least 0", lambda value: 0 <= value < math.inf)
 SEED = Rule("from 0 to 2147483647", lambda value: 0 <= value < 2**31)
 NETWORK = one_of("mlp", "conv")
 FOLDER = Rule(
-    "the name of a folder that the run does not make itself, of at most 100 letters, digits, _ - .",
+    "a folder's name, of at most 100 of a-z A-Z 0-9 _ . and -, that no file or folder of the run has",
     lambda value: value == "" or _is_folder(value),
 )
 CHECKPOINT = Rule(

@@ -13,14 +13,16 @@ Exit codes: 0 done, 1 failed, 2 a mistake in the command, 130 Ctrl-C and 143 SIG
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import functools
 import math
 import os
+import re
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,10 @@ def explain(argv: list[str], error: Exception) -> str:
             f"--config={given[-1]}: its get_config() takes no argument after a colon; change its fields by "
             "flags, such as --config.seed=1."
         )
+    if no_number := re.fullmatch(r"flag --(config\.\S+?)=(.*): .*?\b(int|float)\b.*", str(error)):
+        name, value, kind = no_number.groups()
+        wanted = "a whole number" if kind == "int" else "a number"
+        return f"{name} is {value!r}; it must be {wanted}."
     kind = type(error).__name__
     reason = [kind, *filter(None, map(str.strip, str(error).splitlines()))][-1]
     where = "" if type(error).__module__.startswith("absl") else f"--config={given[-1]} failed: "
@@ -105,17 +111,39 @@ def explain(argv: list[str], error: Exception) -> str:
 def parse(argv: list[str]) -> list[str]:
     """absl's flags; any mistake in them ends the program with one sentence and code 2."""
     try:
-        if rest := flags.FLAGS(config_first(argv))[1:]:
-            raise UserError(f"{rest[0]!r} is no flag; flags start with --.")
+        _parse(argv, flags.FLAGS)
         if not WORKDIR.value:
             raise UserError("--workdir is missing: give a directory, such as --workdir=runs/first.")
-        getattr(CONFIG.value, "seed", None)  # a file that could not be read says so now
         return argv[:1]
     except SystemExit:  # absl has shown the help
         sys.exit(0)
-    except Exception as error:  # a config file may raise anything
-        files.say(explain(argv, error))
+    except UserError as error:
+        files.say(str(error))
         sys.exit(2)
+
+
+def config_of(arguments: Sequence[str]) -> configs.Config:
+    """The config that the command has with these arguments; what this process was given does not change.
+
+    Raises:
+      UserError: a mistake in any of them.
+    """
+    argv, values = ["infsub", *arguments], copy.deepcopy(flags.FLAGS)
+    for name in [name for name in values if name.partition(".")[0] == "config"]:
+        delattr(values, name)
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    _parse(argv, values)
+    return values["config"].value
+
+
+def _parse(argv: list[str], values: flags.FlagValues) -> None:
+    """Raises UserError: a mistake in them, or in the config file that they name, in one sentence."""
+    try:
+        if rest := values(config_first(argv))[1:]:
+            raise UserError(f"{rest[0]!r} is no flag; flags start with --.")
+        getattr(values["config"].value, "seed", None)  # a file that could not be read says so now
+    except Exception as error:  # a config file may raise anything
+        raise UserError(explain(argv, error)) from error
 
 
 @functools.cache  # once in a process

@@ -415,7 +415,8 @@ def calibration(key: Key, pairs: Pair) -> tuple[Calibration, list[Finding]]:
     sentence = (
         f"q(z|x) is not calibrated: its central 50 % hold {result.coverage_50.value:.0%} of the true "
         f"z_i and its central 90 % {result.coverage_90.value:.0%}, and the true z's log p(x|z) ranks "
-        f"at {np.mean(ranks):.2f} of 1 on average (0.5 is right): part of the gaps, no mistake."
+        f"at {np.mean(ranks):.2f} of 1 on average (0.5 is right); the gaps say what that costs, and it is no "
+        "mistake in the model."
     )
     return result, [Finding("note", "calibration", sentence, p_value)]
 

@@ -93,22 +93,22 @@ def plan(
     joined in one table at the end.
 
     Raises:
-      SystemExit: two configs of one name.
+      SystemExit: two configs of one name; a mistake in a config or in the overrides.
     """
     jobs: list[Job] = []
     folders: dict[str, Path] = {}
     kinds = set()
     for file in config_files:
         for seed in seeds:
-            kinds.add(kind := _kind(file, overrides, seed))
             name = f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', _stem(file))}-seed_{seed}"
             if name in folders:
                 sys.exit(
                     f"launch.sweep: two configs are called {name}: sweep them in two workdirs."
                 )
             folder = folders[name] = workdir / name
-            base = _infsub("main", f"--config={file}", f"--workdir={folder}")
-            base += (*overrides, f"--config.seed={seed}")
+            given = (f"--config={file}", f"--workdir={folder}", *overrides, f"--config.seed={seed}")
+            base = _infsub("main", *given)
+            kinds.add(kind := _kind(given))
             mode, needs = ("run" if kind == "experiment" else "evaluate"), ()
             if kind == "run":
                 jobs.append(Job(f"{name}-train", (*base, "--mode=train")))
@@ -139,40 +139,24 @@ def _stem(file: str) -> str:
     return "-".join(filter(None, [Path(path).stem, argument.replace("=", "_")]))
 
 
-# Flags that do not change what a published model's weights are.
-_NO_WEIGHTS = ("--config.evaluate.", "--config.report.", "--config.data.dir=")
+def _kind(arguments: Sequence[str]) -> str:
+    """ "experiment", whose cells train and evaluate by themselves; "trained"; or "run", to be trained.
 
+    Raises:
+      SystemExit: a mistake that every job of it would end with.
+    """
+    from infsub import config, main, published  # jax, flax and orbax: not for --help
+    from infsub.types import UserError
 
-def _is_trained(config: Any, overrides: Sequence[str], seed: int) -> bool:
-    """Whether there are weights already: of a model of one's own, or of a published one."""
-    own = ("--config.model.import=", "--config.model.imported=")
-    if config.model.imported or any(override.startswith(own) for override in overrides):
-        return True
-    others = [override for override in overrides if not override.startswith(_NO_WEIGHTS)]
-    if not config.init_from or others or seed != config.seed:
-        return False
-    from infsub import published  # flax and orbax: not for other sweeps
-    from infsub.config import resolve
-
-    return published.is_trained(resolve(config))
-
-
-def _kind(file: str, overrides: Sequence[str], seed: int) -> str:
-    """ "experiment", whose cells train and evaluate by themselves; "trained"; or "run", to be trained."""
-    path, _, argument = file.partition(":")
-    spec = importlib.util.spec_from_file_location("config_of_sweep", path)
-    if spec is None or spec.loader is None or not Path(path).is_file():
-        sys.exit(f"launch.sweep: --config={file}: there is no such file.")
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-        config = module.get_config(*filter(None, [argument]))
-        if "experiment" in config:
+        given = main.config_of(arguments)
+        if "experiment" in given:
             return "experiment"
-        return "trained" if _is_trained(config, overrides, seed) else "run"
-    except Exception as error:  # a config file may raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        sys.exit(f"launch.sweep: --config={file}: {reason}")
+        resolved = config.resolve(given)
+        trained = resolved.model.imported or published.is_trained(resolved)
+    except UserError as error:
+        sys.exit(f"launch.sweep: {error}")
+    return "trained" if trained else "run"
 
 
 def parameters(given: argparse.Namespace) -> dict[str, Any]:

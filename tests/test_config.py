@@ -33,7 +33,7 @@ BAD = [
     *(("evaluate.name", name) for name in ("a/b", "/tmp/x", "..", ".", ".hidden", "x" * 101)),
     *(
         ("evaluate.name", name)
-        for name in ("checkpoints", "tensorboard", "seed_0", "a b", "é", "\0")
+        for name in ("checkpoints", "tensorboard", "seed_0", "config.json", "a b", "é", "\0")
     ),
     ("evaluate.block_size", -1),
     ("evaluate.per_class", -1),

@@ -131,6 +131,10 @@ def test_a_mistake_is_a_sentence(tmp_path):
         (["--slurm=gpu"], "'gpu' is not NAME=VALUE"),
         (["--seeds=3-1"], "'3-1' names no seed"),
         ([f"--config={ROOT}/configs/model.py:postrior=ffg"], "postrior"),
+        (["--", "--config.train.num_epoch=3"], "did you mean config.train.num_epochs?"),
+        (["--", "--config.train.num_epochs=some"], "'some'; it must be a whole number"),
+        (["--", "--config.train.num_epochs=-1"], "config.train.num_epochs is -1; it must be"),
+        (["--", "--shrad=0/2"], "shrad"),
     ):
         command = sweep_here(f"--workdir={tmp_path}", "--dry-run", *arguments)
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

@@ -84,8 +84,11 @@ MISTAKES = {
         ["W", QUICK, "--config.train.learning_rat=1"],
         "there is no field config.train.learning_rat: did you mean config.train.learning_rate?",
     ),
-    "float": (["W", QUICK, "--config.train.learning_rate=fast"], "could not convert .*'fast'"),
-    "integer": (["W", QUICK, "--config.train.num_epochs=1.5"], "invalid literal for int.*'1.5'"),
+    "float": (["W", QUICK, "--config.train.learning_rate=fast"], "is 'fast'; it must be a number"),
+    "integer": (
+        ["W", QUICK, "--config.train.num_epochs=1.5"],
+        "is '1.5'; it must be a whole number",
+    ),
     "choice": (["W", QUICK, "--config.train.objective=mle"], "'mle'; it must be one of elbo, iwae"),
     "range": (["W", QUICK, "--config.train.batch_size=0"], "is 0; it must be at least 1"),
     "too large": (["W", QUICK, "--config.train.batch_size=9999"], "more than the 4000 training im"),

@@ -101,6 +101,7 @@ def test_truncated_checkpoint_falls_back_and_says_so(
     newest = tmp_path / "checkpoints" / f"{steps[-1]:08d}"
     largest = max(newest.rglob("*"), key=lambda path: path.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
+    shutil.copytree(newest, newest.with_suffix(".damaged"))  # not for the first time
     flipped = tmp_path / "checkpoints" / f"{steps[-2]:08d}"
     largest = max(flipped.rglob("*"), key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
