@@ -6,6 +6,7 @@ is read, it is a value of the kind that was asked for, or a UserError that names
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import errno
 import gzip
@@ -202,6 +203,12 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     lines = "".join(json.dumps(finite(row)) + "\n" for row in rows)
     with path.open("a") as file:
         file.write(lines)
+
+
+def sync(path: Path) -> None:
+    """Returns when what was written to a file, if there is one, would outlast a loss of power."""
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def rewrite_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -286,9 +286,12 @@ def run(
         train,
     )
 
+    trained = mode == "evaluate" or (mode == "run" and published.is_trained(config, workdir))
+    if config.model.imported or trained:
+        processes.apart(team)
     if config.model.imported and mode != "report":
         imported.claim(config, workdir, mode)
-    elif mode == "evaluate" or (mode == "run" and published.is_trained(config, workdir)):
+    elif trained:
         if config.init_from and not (workdir / "config.json").exists():
             published.claim(config, workdir)
         if mode == "run":

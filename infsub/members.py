@@ -23,9 +23,10 @@ class Member:
 
     def __init__(self, config: configs.Config, workdir: Path, keep_every_steps: int) -> None:
         self.config, self.workdir = config, workdir
-        identity = records.read_run(workdir)["identity"]
+        run = records.read_run(workdir)
+        self._per_epoch = run["steps_per_epoch"]
         self.checkpoints = Checkpoints(
-            workdir / "checkpoints", identity, config.train.keep_last, keep_every_steps
+            workdir / "checkpoints", run["identity"], config.train.keep_last, keep_every_steps
         )
         self.progress = {
             "step": np.asarray(0),
@@ -45,7 +46,13 @@ class Member:
         self.checkpoints.clean(step)
         metrics = self.workdir / "metrics.jsonl"
         rows = files.read_rows(metrics, records.EPOCH)
-        files.rewrite_rows(metrics, [row for row in rows if row["step"] <= step])
+        rows = [row for row in rows if row["step"] <= step]
+        files.rewrite_rows(metrics, rows)
+        if lost := step // self._per_epoch - len(rows):
+            files.say(
+                f"{metrics} lacks {lost} of {step // self._per_epoch} epochs, lost with the machine or its "
+                "disk; the weights are whole, and training goes on."
+            )
         self._board = records.TensorBoard(self.workdir / "tensorboard", step + 1)
 
     def judge(self, epoch: int, step: int, value: float) -> bool:
@@ -67,6 +74,9 @@ class Member:
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Checkpoints this member's state, without waiting for the disk."""
         self.progress["step"] = np.asarray(step)
+        files.sync(
+            self.workdir / "metrics.jsonl"
+        )  # a checkpoint is not to be there without its epochs
         self.checkpoints.save(step, state | {"progress": self.progress})
         self.write_csv()
         if self._board is not None:

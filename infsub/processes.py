@@ -42,11 +42,13 @@ class Team(NamedTuple):
       shard: process i of n.
       coordinator: HOST:PORT where process 0 is found.
       scheduler: who started them, whom jax asks which device is whose; "deactivate": nobody it knows.
+      device: which of its host's GPUs is this process's; "" where all that it sees are.
     """
 
     shard: Shard
     coordinator: str
     scheduler: str = "deactivate"
+    device: str = ""
 
 
 def parse(coordinator: str, shard: Shard, environment: Mapping[str, str]) -> Team | None:
@@ -80,14 +82,17 @@ def parse(coordinator: str, shard: Shard, environment: Mapping[str, str]) -> Tea
 
 
 def _slurm(environment: Mapping[str, str]) -> Team | None:
-    names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_JOB_ID")
+    # In the shell of salloc, a step of one task, SLURM_NTASKS is the allocation's.
+    tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS"
+    names = ("SLURM_PROCID", tasks, "SLURM_JOB_ID")
     index, size, job = (int(environment.get(name, "0")) for name in names)
     # Of a task that srun has started: node001, node[001,007-015] or node001,other2.
     first = re.match(r"([^,[]+)(?:\[(\d+))?", environment.get("SLURM_STEP_NODELIST", ""))
     if not first or size < 2:
         return None
     coordinator = f"{first[1]}{first[2] or ''}:{_PORTS + job % 2**12}"
-    return Team(Shard(index, size), coordinator, "slurm")
+    device = _device(environment, "SLURM_LOCALID")
+    return Team(Shard(index, size), coordinator, "slurm", device)
 
 
 def _open_mpi(environment: Mapping[str, str]) -> Team | None:
@@ -95,13 +100,32 @@ def _open_mpi(environment: Mapping[str, str]) -> Team | None:
     index, size = (int(environment.get(name, "0")) for name in names)
     if size < 2:
         return None
+    device = _device(environment, "OMPI_COMM_WORLD_LOCAL_RANK")
     # 1531576320.0;tcp://10.96.0.1,10.148.0.1:34911, or tcp6://[fe80::1,fe80::2]:34911
     uri = environment.get("OMPI_MCA_orte_hnp_uri", "")
     first = re.match(r"(\d+)\..*?tcp(?:://([^,:]+)|6://\[([^],]+))", uri)
     if not first:  # Open MPI 5
-        return Team(Shard(index, size), "")
+        return Team(Shard(index, size), "", device=device)
     host, port = first[2] or f"[{first[3]}]", _PORTS + int(first[1]) // 2**12 % 2**12
-    return Team(Shard(index, size), f"{host}:{port}", "ompi")
+    return Team(Shard(index, size), f"{host}:{port}", "ompi", device)
+
+
+def _device(environment: Mapping[str, str], name: str) -> str:
+    """The place of a task on its host, unless it sees a GPU of its own alone."""
+    place, visible = environment.get(name, ""), environment.get("CUDA_VISIBLE_DEVICES")
+    own = visible is not None and len(visible.split(",")) == 1
+    return "" if own else place
+
+
+def apart(team: Team | None) -> None:
+    """Tasks of one host that do not train together, and so do not join, share its GPUs all the same.
+
+    Before it, jax must not have computed anything.
+    """
+    if team and team.device:
+        import jax
+
+        jax.config.update("jax_cuda_visible_devices", team.device)
 
 
 class _Tie:

@@ -25,6 +25,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 GRACE = 60.0  # seconds that a command may take to save
+# Flags of a run that the sweep gives, and what says them to the sweep.
+_OURS = {
+    "--config": "--config before --",
+    "--config.seed": "--seeds",
+    "--workdir": "--workdir before --",
+    "--shard": "--shards",
+    "--mode": "nothing: it does all of them",
+    "--cells": "nothing: it runs all of them",
+}
 STOPPED = (130, 143)  # a command's exit codes when a signal has ended it
 
 
@@ -44,6 +53,18 @@ class Job(NamedTuple):
     kind: str = "afterok"
 
 
+def _is_cancelled() -> bool:
+    """Whether this is a job of SLURM's that scancel ends."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if not job:
+        return False
+    asked = ["squeue", "--noheader", "--format=%i", "--states=CANCELLED", f"--jobs={job}"]
+    try:
+        return bool(subprocess.run(asked, capture_output=True, text=True).stdout.strip())
+    except OSError:
+        return False
+
+
 class Command:
     """What submitit runs: a command, stopped and queued again when submitit says so."""
 
@@ -60,7 +81,7 @@ class Command:
         )
         while (code := self._process.poll()) is None:  # no wait(): `checkpoint` is a signal handler
             time.sleep(0.1)
-        if code in STOPPED:  # the scheduler's own SIGTERM has reached it first
+        if code in STOPPED and not _is_cancelled():  # SLURM's own SIGTERM has reached it first
             os.kill(os.getpid(), signal.SIGUSR2)
             time.sleep(GRACE)
         if code:
@@ -97,7 +118,7 @@ def plan(
     """
     jobs: list[Job] = []
     folders: dict[str, Path] = {}
-    kinds = set()
+    evaluations: list[Path] = []
     for file in config_files:
         for seed in seeds:
             name = f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', _stem(file))}-seed_{seed}"
@@ -108,7 +129,8 @@ def plan(
             folder = folders[name] = workdir / name
             given = (f"--config={file}", f"--workdir={folder}", *overrides, f"--config.seed={seed}")
             base = _infsub("main", *given)
-            kinds.add(kind := _kind(given))
+            kind, found = _kind(given, folder)
+            evaluations += found
             mode, needs = ("run" if kind == "experiment" else "evaluate"), ()
             if kind == "run":
                 jobs.append(Job(f"{name}-train", (*base, "--mode=train")))
@@ -121,9 +143,9 @@ def plan(
             jobs += parts
             ended = tuple(part.name for part in parts)
             jobs.append(Job(f"{name}-report", (*base, "--mode=report"), ended, "afterany"))
-    if len(folders) > 1 and "experiment" not in kinds:
+    if len(evaluations) > 1:
         reports = tuple(f"{name}-report" for name in folders)
-        runs = [f"{name}={folder}" for name, folder in folders.items()]
+        runs = [f"{'-'.join(path.relative_to(workdir).parts)}={path}" for path in evaluations]
         command = _infsub("report", f"--out={workdir / 'report'}", "--workdirs", *runs)
         jobs.append(Job("join", command, reports, "afterany"))
     return jobs
@@ -139,8 +161,10 @@ def _stem(file: str) -> str:
     return "-".join(filter(None, [Path(path).stem, argument.replace("=", "_")]))
 
 
-def _kind(arguments: Sequence[str]) -> str:
+def _kind(arguments: Sequence[str], folder: Path) -> tuple[str, list[Path]]:
     """ "experiment", whose cells train and evaluate by themselves; "trained"; or "run", to be trained.
+
+    And where its evaluations will be, of several seeds that train together one each; of an experiment [].
 
     Raises:
       SystemExit: a mistake that every job of it would end with.
@@ -151,26 +175,46 @@ def _kind(arguments: Sequence[str]) -> str:
     try:
         given = main.config_of(arguments)
         if "experiment" in given:
-            return "experiment"
+            return "experiment", []
         resolved = config.resolve(given)
         trained = resolved.model.imported or published.is_trained(resolved)
     except UserError as error:
         sys.exit(f"launch.sweep: {error}")
-    return "trained" if trained else "run"
+    evaluations = [path / resolved.evaluate.name for _, path in config.runs(resolved, folder)]
+    return "trained" if trained else "run", evaluations
 
 
 def parameters(given: argparse.Namespace) -> dict[str, Any]:
-    """What submitit asks the cluster for, for every job."""
-    asked: dict[str, Any] = {
+    """What submitit asks the cluster for, for every job; here there is nobody to ask, and no end."""
+    if given.cluster == "local":
+        return {"timeout_min": 10 * 365 * 24 * 60}
+    options = {name.replace("_", "-"): value for name, value in given.slurm}
+    return {
         "timeout_min": given.minutes,
         "gpus_per_node": given.gpus,
         "cpus_per_task": given.cpus,
         "mem_gb": given.memory,
+        "slurm_signal_delay_s": 120,
+        # Of its own accord the srun of SLURM 22.05 to 23.02 takes one core a task.
+        "slurm_srun_args": [f"--cpus-per-task={given.cpus}"],
+        "slurm_additional_parameters": {"requeue": True, **options},
     }
-    if given.cluster == "slurm":
-        asked |= {"slurm_signal_delay_s": 120, "slurm_additional_parameters": {"requeue": True}}
-        asked |= {f"slurm_{name}": value for name, value in given.slurm}
-    return asked
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that a job here may have, as CUDA_VISIBLE_DEVICES names them."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [name for name in given.split(",") if name]
+    return [str(n) for n, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
+
+
+def with_gpus(command: Sequence[str], gpus: Sequence[str] | None) -> tuple[str, ...]:
+    """A command that sees these GPUs alone; None: what it would see without submitit, which hides them."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES") if gpus is None else ",".join(gpus)
+    if given is None:
+        return "env", "-u", "CUDA_VISIBLE_DEVICES", *command
+    return "env", f"CUDA_VISIBLE_DEVICES={given}", *command
 
 
 def describe(job: Job, asked: dict[str, Any]) -> str:
@@ -201,19 +245,31 @@ def submit_slurm(jobs: Sequence[Job], folder: Path, asked: dict[str, Any]) -> di
 
 
 def run_local(
-    jobs: Sequence[Job], folder: Path, asked: dict[str, Any], num_parallel: int
+    jobs: Sequence[Job],
+    folder: Path,
+    asked: dict[str, Any],
+    num_parallel: int,
+    num_gpus: int = 0,
 ) -> dict[str, str]:
-    """Runs all jobs here, so many at a time; {name: "done", "failed" or "not run"}."""
+    """Runs all jobs here, so many at a time; {name: "done", "failed" or "not run"}.
+
+    Each has `num_gpus` of the visible GPUs to itself; 0: all of them have all.
+    """
     import submitit
+
+    gpus = visible_gpus()
+    free = [gpus[i * num_gpus : (i + 1) * num_gpus] or None for i in range(num_parallel)]
 
     executor = submitit.AutoExecutor(folder, cluster="local")
     executor.update_parameters(**asked)
     waiting, running, states = list(jobs), {}, {}
+    taken: dict[str, list[str] | None] = {}
     while waiting or running:
         for name, started in list(running.items()):
             if started.done():
                 states[name] = "failed" if started.exception() else "done"
                 print(f"{states[name]}: {name} ({started.paths.stderr})", flush=True)
+                free.append(taken.pop(name))
                 del running[name]
         for job in list(waiting):
             ended = [states.get(name) for name in job.needs]
@@ -223,7 +279,9 @@ def run_local(
             if job.kind == "afterok" and set(ended) - {"done"}:
                 states[job.name] = "not run"
             else:
-                running[job.name] = executor.submit(Command(job.command))
+                taken[job.name] = free.pop(0)
+                command = with_gpus(job.command, taken[job.name])
+                running[job.name] = executor.submit(Command(command))
         time.sleep(0.1)
     return states
 
@@ -261,10 +319,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--parallel", type=int, default=2, metavar="N", help="jobs at a time, local"
     )
-    parser.add_argument("--minutes", type=int, default=720, metavar="N", help="of a job")
-    parser.add_argument("--gpus", type=int, default=0, metavar="N")
-    parser.add_argument("--cpus", type=int, default=4, metavar="N")
-    parser.add_argument("--memory", type=int, default=16, metavar="GB")
+    parser.add_argument(
+        "--gpus",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of a job; local, 0: all of them to all jobs",
+    )
+    for name, default, unit in (("minutes", 720, "N"), ("cpus", 4, "N"), ("memory", 16, "GB")):
+        parser.add_argument(
+            f"--{name}", type=int, default=default, metavar=unit, help="of a job of SLURM's"
+        )
     parser.add_argument(
         "--slurm", type=_setting, action="append", default=[], metavar="NAME=VALUE",
         help="of sbatch, such as partition=gpu",
@@ -274,6 +339,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("shards", "parallel"):
         if (number := getattr(options, name)) < 1:
             parser.error(f"--{name}={number} must be at least 1")
+    for override in overrides:
+        if other := _OURS.get(override.partition("=")[0]):
+            parser.error(f"{override} after --: the sweep says that to each run; give it {other}")
+    gpus, wanted = visible_gpus(), options.gpus * options.parallel
+    if options.cluster == "local" and wanted > len(gpus):
+        parser.error(
+            f"--gpus={options.gpus} for --parallel={options.parallel} jobs at a time are {wanted}, and this "
+            f"machine has {len(gpus)}: give fewer"
+        )
     workdir = Path(options.workdir)
     jobs = plan(options.config, options.seeds, options.shards, workdir, overrides)
     asked = parameters(options)
@@ -284,7 +358,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.exit("launch.sweep: submitit is not installed: pip install 'infsub[cluster]'")
     folder = workdir / "jobs"
     if options.cluster == "local":
-        states = run_local(jobs, folder, asked, options.parallel)
+        states = run_local(jobs, folder, asked, options.parallel, options.gpus)
         return int(set(states.values()) != {"done"})
     submit_slurm(jobs, folder, asked)
     return 0

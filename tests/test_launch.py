@@ -135,12 +135,64 @@ def test_a_mistake_is_a_sentence(tmp_path):
         (["--", "--config.train.num_epochs=some"], "'some'; it must be a whole number"),
         (["--", "--config.train.num_epochs=-1"], "config.train.num_epochs is -1; it must be"),
         (["--", "--shrad=0/2"], "shrad"),
+        (["--", "--config.seed=5"], "the sweep says that to each run; give it --seeds"),
+        (["--cluster=local", "--gpus=1"], "are 2, and this machine has 1: give fewer"),
     ):
         command = sweep_here(f"--workdir={tmp_path}", "--dry-run", *arguments)
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "3"}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
         assert done.returncode != 0
         assert message in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_the_table_of_all_is_of_every_evaluation(tmp_path):
+    overrides = ["--config.evaluate.name=second", "--config.train.num_seeds=2"]
+    jobs = sweep.plan([TINY], [0, 7], 1, tmp_path, overrides)
+    *_, flag, first, second, third, fourth = by_name(jobs)["join"].command
+    assert flag == "--workdirs"
+    assert first == f"tiny-seed_0-seed_0-second={tmp_path}/tiny-seed_0/seed_0/second"
+    assert fourth == f"tiny-seed_7-seed_1-second={tmp_path}/tiny-seed_7/seed_1/second"
+    assert len({first, second, third, fourth}) == 4
+
+
+@pytest.mark.parametrize(
+    ("visible", "num_gpus", "seen"),
+    [
+        (None, 0, {"None"}),
+        ("4,5", 0, {"4,5"}),
+        ("4,5", 1, {"4", "5"}),
+        ("4,5,6,7", 2, {"4,5", "6,7"}),
+    ],
+)
+def test_jobs_here_have_the_gpus_that_are_theirs(tmp_path, monkeypatch, visible, num_gpus, seen):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    show = (
+        "import os, sys; open(sys.argv[1], 'w').write(str(os.environ.get('CUDA_VISIBLE_DEVICES')))"
+    )
+    jobs = [
+        sweep.Job(str(i), (sys.executable, "-c", show, str(tmp_path / f"job{i}"))) for i in range(2)
+    ]
+    states = sweep.run_local(jobs, tmp_path / "jobs", {"timeout_min": 5}, 2, num_gpus)
+    assert states == {"0": "done", "1": "done"}
+    assert {(tmp_path / f"job{i}").read_text() for i in range(2)} == seen
+
+
+def test_a_cancelled_job_is_not_queued_again(tmp_path, monkeypatch):
+    squeue = tmp_path / "squeue"
+    squeue.write_text('#!/bin/sh\necho "$@" | grep -q -e "--jobs=8" && echo 8\n')
+    squeue.chmod(squeue.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    requeued = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: requeued.append(number))
+    monkeypatch.setattr(sweep, "GRACE", 0)
+    for job, want in (("8", []), ("7", [signal.SIGUSR2])):
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        with pytest.raises(RuntimeError, match="exit code 143"):
+            sweep.Command(["sh", "-c", "exit 143"])()
+        assert requeued == want
 
 
 def test_a_tilde_is_the_users_home(monkeypatch, capsys):
@@ -191,6 +243,7 @@ def test_slurm_gets_what_the_dry_run_has_shown(tmp_path, fake_slurm):
         return done.stdout.splitlines()
 
     asked = ["--seeds=0-1", "--shards=2", "--gpus=1", "--minutes=60", "--slurm=partition=gpu"]
+    asked += ["--slurm=mail-type=END"]
     shown = run(*asked, "--dry-run")
     assert not workdir.exists()
     assert not list(fake_slurm.iterdir())
@@ -207,6 +260,8 @@ def test_slurm_gets_what_the_dry_run_has_shown(tmp_path, fake_slurm):
         text = (fake_slurm / f"job{number}").read_text()
         lines = dict(re.findall(r"#SBATCH --([a-z-]+)=?(.*)", text))
         assert lines["partition"] == "gpu"
+        assert lines["mail-type"] == "END"  # no name of submitit's
+        assert "srun --cpus-per-task=4 " in text or " --cpus-per-task=4 " in text
         assert lines["gpus-per-node"] == "1"
         assert lines["time"] == "60"
         assert lines["requeue"] == ""
@@ -248,7 +303,8 @@ def test_kubernetes_is_an_indexed_job_whose_pods_know_their_shard():
 def test_skypilot_runs_the_same_command():
     task = yaml.safe_load((ROOT / "launch/skypilot.yaml").read_text())
     command = shlex.split(task["run"])
-    assert command[:3] == ["python", "-m", "infsub.main"]
+    assert command[1:3] == ["-m", "infsub.main"]
+    assert f"--python {command[0]} '.[cuda13,plots]'" in task["setup"]  # what is there may be 3.10
     given = {a.partition("=")[0][2:]: a.partition("=")[2] for a in command[3:]}
     assert given.keys() == {"config", "workdir"}
     assert (ROOT / given["config"]).is_file()
@@ -269,6 +325,7 @@ def test_sbatch_runs_the_command_on_its_cores_and_requeues_on_both_signals(tmp_p
     done = subprocess.run(command, env=environment | {"SLURM_CPUS_PER_TASK": "6"})
     assert done.returncode == code
     srun, *others = (tmp_path / "called").read_text().splitlines()
+    (tmp_path / "called").unlink()
     # Of its own accord the srun of SLURM 22.05 to 23.02 takes one core, whatever the job has.
     assert srun == (
         "srun --cpus-per-task=6 .venv/bin/python -m infsub.main --config=configs/quickstart.py "
@@ -276,6 +333,11 @@ def test_sbatch_runs_the_command_on_its_cores_and_requeues_on_both_signals(tmp_p
     )
     assert others == (["scontrol requeue 7"] if code in (130, 143) else [])
     assert "#SBATCH --requeue" in script.read_text()
+    # One task of an array has the array's own number, which would requeue them all.
+    array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
+    subprocess.run(command, env=environment | array)
+    _, *others = (tmp_path / "called").read_text().splitlines()
+    assert others == (["scontrol requeue 7_3"] if code in (130, 143) else [])
 
 
 def processes(*words):

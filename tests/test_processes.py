@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from forks import commands
@@ -37,12 +38,24 @@ TEAMS = {
     "shards that need not talk": ("", Shard(1, 2), {}, None),
     "flags": ("node7:1234", Shard(1, 2), {}, Team(Shard(1, 2), "node7:1234")),
     "an address": ("[::1]:1234", Shard(0, 3), {}, Team(Shard(0, 3), "[::1]:1234")),
-    "SLURM": ("", WHOLE, nodes("node001"), Team(Shard(1, 2), "node001:61441", "slurm")),
-    "SLURM's list": ("", WHOLE, nodes("n,m[1-2]"), Team(Shard(1, 2), "n:61441", "slurm")),
-    "SLURM's range": ("", WHOLE, nodes("a-[007,9],b"), Team(Shard(1, 2), "a-007:61441", "slurm")),
+    "SLURM": ("", WHOLE, nodes("node001"), Team(Shard(1, 2), "node001:61441", "slurm", "1")),
+    "SLURM's list": ("", WHOLE, nodes("n,m[1-2]"), Team(Shard(1, 2), "n:61441", "slurm", "1")),
+    "SLURM's range": (
+        "",
+        WHOLE,
+        nodes("a-[007,9],b"),
+        Team(Shard(1, 2), "a-007:61441", "slurm", "1"),
+    ),
     "SLURM, one task": ("", WHOLE, nodes("n", SLURM_NTASKS="1", SLURM_PROCID="0"), None),
+    "SLURM, a GPU a task": (
+        "",
+        WHOLE,
+        nodes("n", CUDA_VISIBLE_DEVICES="0"),
+        Team(Shard(1, 2), "n:61441", "slurm"),
+    ),
+    "SLURM, the shell of salloc": ("", WHOLE, nodes("n", SLURM_STEP_NUM_TASKS="1"), None),
     "SLURM, outside of srun": ("", WHOLE, SLURM, None),
-    "SLURM, told better": ("a:1", WHOLE, nodes("n"), Team(Shard(1, 2), "a:1", "slurm")),
+    "SLURM, told better": ("a:1", WHOLE, nodes("n"), Team(Shard(1, 2), "a:1", "slurm", "1")),
     "SLURM, but shards": ("", Shard(0, 8), nodes("n"), None),
     "Open MPI": (
         "",
@@ -57,6 +70,12 @@ TEAMS = {
         Team(Shard(3, 4), "[fe80::1]:61441", "ompi"),
     ),
     "Open MPI 5": ("a:1", WHOLE, MPI, Team(Shard(3, 4), "a:1")),
+    "Open MPI on GPUs": (
+        "a:1",
+        WHOLE,
+        MPI | {"OMPI_COMM_WORLD_LOCAL_RANK": "2", "CUDA_VISIBLE_DEVICES": "0,1,2,3"},
+        Team(Shard(3, 4), "a:1", device="2"),
+    ),
     "Open MPI, whose daemons srun has started": (
         "",
         WHOLE,
@@ -70,6 +89,15 @@ TEAMS = {
 def test_who_trains_together(case):
     coordinator, shard, environment, want = TEAMS[case]
     assert processes.parse(coordinator, shard, environment) == want
+
+
+def test_tasks_that_do_not_train_together_share_their_hosts_gpus(monkeypatch):
+    """As jax shares them among those that do."""
+    told = []
+    monkeypatch.setattr(jax.config, "update", lambda *given: told.append(given))
+    for team in (None, Team(Shard(0, 2), "a:1"), Team(Shard(1, 2), "a:1", "slurm", "3")):
+        processes.apart(team)
+    assert told == [("jax_cuda_visible_devices", "3")]
 
 
 @pytest.mark.parametrize("scheduler", ["slurm", "ompi"])
@@ -86,6 +114,7 @@ def test_jax_reads_the_same_from_the_schedulers_variables(monkeypatch, scheduler
     assert team is not None
     assert team.coordinator == found.get_coordinator_address(1, None)
     assert team.shard == (found.get_process_id(), found.get_process_count())
+    assert scheduler != "slurm" or team.device == str(found.get_local_process_id())
 
 
 MISTAKES = {

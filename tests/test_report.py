@@ -348,6 +348,16 @@ def test_join_writes_one_table_and_one_figure(tmp_path, capsys):
     assert "NAME=DIR" in capsys.readouterr().err
     assert command.main(["--workdirs", str(tmp_path / "nowhere"), "--out", str(out)]) == 2
     assert "nowhere" in capsys.readouterr().err
+    both = [
+        "--workdirs",
+        str(tmp_path / "nowhere"),
+        str(tmp_path / "af"),
+        "--out",
+        str(out / "of_one"),
+    ]
+    assert command.main(both) == 1
+    assert "nowhere is left out: " in capsys.readouterr().err
+    assert (out / "of_one/table.md").exists()
     a_file = tmp_path / "af/rows.jsonl"
     assert command.main(["--workdirs", str(tmp_path / "af"), "--out", str(a_file)]) == 2
     assert "rows.jsonl cannot be written to" in capsys.readouterr().err

@@ -453,6 +453,17 @@ def test_another_config_s_workdir_is_refused_and_untouched(source, tmp_path):
     assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
 
 
+def test_records_that_a_machine_has_lost_are_named(source, tmp_path, capsys):
+    """Of a bucket that had the checkpoint and not yet the epochs before it."""
+    folder = tmp_path / "lost"
+    shutil.copytree(source, folder)
+    (folder / "summary.json").unlink()
+    path = folder / "metrics.jsonl"
+    files.rewrite_rows(path, files.read_rows(path)[:1])
+    train(tiny_config(), folder)
+    assert "metrics.jsonl lacks 2 of 3 epochs, lost with the machine" in capsys.readouterr().err
+
+
 def test_seeds_together_are_the_runs_of_their_own(source, tmp_path):
     train(tiny_config(num_seeds=2), tmp_path)
     second = tiny_config()

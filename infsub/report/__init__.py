@@ -44,11 +44,14 @@ def report(workdir: str, thresholds: Mapping[str, float] = MappingProxyType({}))
     _write([run], folder, [{"kind": kind} for kind in drawn], {"": folder})
 
 
-def join(workdirs: Sequence[str], out: str) -> None:
+def join(workdirs: Sequence[str], out: str) -> dict[str, str]:
     """The same files for several runs side by side, in the folder `out`; a run is DIR or NAME=DIR.
 
+    Returns:
+      {run that was left out: why}.
+
     Raises:
-      UserError: as `report`, or two runs have one name.
+      UserError: as `report` of all of them, or two runs have one name.
     """
     plain = [Path(run).is_dir() or "=" not in run for run in workdirs]
     pairs = [("", r) if p else r.partition("=")[::2] for r, p in zip(workdirs, plain, strict=True)]
@@ -57,8 +60,16 @@ def join(workdirs: Sequence[str], out: str) -> None:
         raise UserError(
             f"--workdirs has runs of the same name ({', '.join(names)}); write NAME=DIR for each."
         )
-    runs = [load_run(folder, name) for name, (_, folder) in zip(names, pairs, strict=True)]
+    runs, left_out = [], {}
+    for name, (_, folder) in zip(names, pairs, strict=True):
+        try:
+            runs.append(load_run(folder, name))
+        except UserError as error:
+            left_out[name] = str(error)
+    if not runs:
+        raise UserError("\n".join(left_out.values()))
     _write(runs, Path(out), [{"kind": "bars"}])
+    return left_out
 
 
 def experiment(

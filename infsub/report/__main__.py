@@ -28,14 +28,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     given = parser.parse_args(arguments)
     try:
-        join(given.workdirs, given.out)
+        left_out = join(given.workdirs, given.out)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
     except OSError as error:  # a full disk
         print(f"{given.out} cannot be written to ({error.strerror}).", file=sys.stderr)
         return 1
-    return 0
+    for name, why in left_out.items():
+        print(f"{name} is left out: {why}", file=sys.stderr)
+    return int(bool(left_out))
 
 
 if __name__ == "__main__":
