@@ -183,7 +183,9 @@ FIELDS = {
         "model: x ~ p(x), simulated",
         one_of("train", "validation", "test", "model"),
     ),
-    "evaluate.per_class": Field(10, "points of each class; 0: not so", NOT_NEGATIVE),
+    "evaluate.per_class": Field(
+        10, "points of each class; 0: not so; 10 of own data: all", NOT_NEGATIVE
+    ),
     "evaluate.first": Field(0, "n points; 0, and 0 per class: all", NOT_NEGATIVE),
     "evaluate.indices_file": Field("", "of indices into the split, one a line"),
     "evaluate.block_size": Field(0, "datapoints a dispatch; 0: as the device likes", NOT_NEGATIVE),

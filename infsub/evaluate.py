@@ -36,6 +36,7 @@ from infsub.types import Key, UserError
 from infsub.vae import make_vae
 
 _NUM_DRAWN = 6  # datapoints whose posteriors are drawn
+_NUM_AT_ONCE = 500  # images that are copied from the device
 _ACTIVITY = "evaluation"  # of the lock
 _WEIGHTS = "weights"  # in evaluation.json: a hash of what was measured
 _TOLD = (records.NUM_POINTS, records.OWN)
@@ -79,10 +80,10 @@ def _evaluate(
     config: configs.Config, workdir: Path, run: dict[str, Any], shard: Shard
 ) -> list[int]:
     began = compilations.spent()
-    settings, root = config.evaluate, jax.random.key(config.seed)
+    root = jax.random.key(config.seed)
     key_rows, key_certificate = stream(root, Stream.ROWS), stream(root, Stream.CERTIFICATE)
     source = _theirs(config, root) if config.model.imported else _ours(config, workdir, run, root)
-    points, facts = source.points, source.facts
+    points, facts, settings = source.points, source.facts, source.settings
     indices = choose(points, settings)
     with contextlib.ExitStack() as whole:
         if shard != WHOLE:  # one shard at a time, and none while the whole is evaluated
@@ -127,21 +128,16 @@ def _evaluate(
         _write_rows(folder, "bdmc", shard, "certifying", simulated, block_size, bounded, began)
     bad = _not_finite(indices, written)
     if not (folder / records.IMAGES).exists():
-        blocks = np.split(indices, range(block_size, len(indices), block_size))
-        shown = [points.shown(block) for block in blocks]
-        arrays = {name: np.concatenate([part[name] for part in shown]) for name in shown[0]}
-        files.write_npz(folder / records.IMAGES, {"indices": indices} | arrays)
+        files.write_npz(folder / records.IMAGES, {"indices": indices} | points.shown(indices))
     if not settings.grid or (folder / records.POSTERIORS).exists():
         return bad
     everything = shards.read(folder, "rows")
-    first = indices[~np.isin(indices, _not_finite(indices, everything))][:_NUM_DRAWN]
-    pictures = points.shown(first).get("images") if first.size else None
-    if len(everything) == len(indices) and pictures is not None:  # the last shard draws them
-        arrays = {
-            "indices": first,
-            "images": pictures / 255,
-            "families": [source.own, *settings.local.families],
-        }
+    place = np.flatnonzero(~np.isin(indices, _not_finite(indices, everything)))[:_NUM_DRAWN]
+    first = indices[place]
+    if len(everything) == len(indices) and first.size:  # the last shard draws them
+        arrays = {"indices": first, "families": [source.own, *settings.local.families]}
+        pictures = points.shown(indices).get("images")
+        arrays |= {} if pictures is None else {"images": pictures[place] / 255}
         arrays |= {} if points.labels is None else {"labels": points.labels[first]}
         arrays |= mapped(subjects.densities, key_rows, points.at(first), first)
         files.write_npz(folder / records.POSTERIORS, arrays)
@@ -155,7 +151,8 @@ class _Points(NamedTuple):
       size: N.
       labels: [N], or None.
       at: indices [B] -> x's, a pytree [B, …].
-      shown: indices [B] -> what a page shows of them, as `thumbnails.arrays`.
+      shown: indices [B] -> what a page shows of them, as `thumbnails.arrays`; of all at once, for one
+        kind and one range of greys.
     """
 
     size: int
@@ -170,6 +167,7 @@ class _Source(NamedTuple):
     Attributes:
       own: the encoder's family.
       facts: what rows depend on beside the settings.
+      settings: config.evaluate, as it is for this model.
     """
 
     subject: Subject
@@ -177,6 +175,7 @@ class _Source(NamedTuple):
     own: str
     points: _Points
     facts: dict[str, Any]
+    settings: Any
 
 
 def _ours(config: configs.Config, workdir: Path, run: dict[str, Any], root: Key) -> _Source:
@@ -195,9 +194,10 @@ def _ours(config: configs.Config, workdir: Path, run: dict[str, Any], root: Key)
         facts[records.DATA] = hashlib.sha256(images.tobytes()).hexdigest()[:16]
     else:
         split = dataset.split(settings.split)
+        facts |= _drawn(config, dataset)
     own = config.model.posterior.name
     points = _points_of(split, dataset.levels, root)
-    return _Source(subjects.of_vae(vae, own), variables, own, points, facts)
+    return _Source(subjects.of_vae(vae, own), variables, own, points, facts, settings)
 
 
 def _theirs(config: configs.Config, root: Key) -> _Source:
@@ -224,8 +224,13 @@ def _theirs(config: configs.Config, root: Key) -> _Source:
     if xs is None:
         dataset = data.load_config(config.data)
         points = _points_of(dataset.split(settings.split), dataset.levels, root)
+        facts |= _drawn(config, dataset)
     else:
         facts[records.DATA] = imported.digest(xs)
+        if settings.per_class == configs.default().evaluate.per_class:  # nobody asked for so many
+            settings = settings.copy_and_resolve_references()
+            with settings.unlocked():
+                settings.per_class = 0
 
         def at(block: np.ndarray) -> Any:
             return jax.tree.map(lambda leaf: np.asarray(leaf)[block], xs)
@@ -238,7 +243,14 @@ def _theirs(config: configs.Config, root: Key) -> _Source:
     own, stated = subjects.family_of(model, params, first), config.model.posterior.name
     if not own and stated != "gaussian":  # the default states nothing
         own = stated
-    return _Source(subject, params, own, points, facts)
+    return _Source(subject, params, own, points, facts, settings)
+
+
+def _drawn(config: configs.Config, dataset: data.Dataset) -> dict[str, str]:
+    """What tells images apart whose pixels this seed has drawn."""
+    if config.data.binarisation != "dynamic":
+        return {}
+    return {records.DATA: f"{dataset.identity} drawn by seed {config.seed}"}
 
 
 def _points_of(split: data.Split, levels: int, root: Key) -> _Points:
@@ -247,8 +259,10 @@ def _points_of(split: data.Split, levels: int, root: Key) -> _Points:
     def at(block: np.ndarray) -> np.ndarray:
         return np.asarray(data.batch(split.images, jnp.asarray(block), key))
 
-    def shown(block: np.ndarray) -> dict[str, np.ndarray]:
-        return {"images": (at(block) * (255 / (levels - 1))).astype(np.uint8)}
+    def shown(chosen: np.ndarray) -> dict[str, np.ndarray]:
+        blocks = np.split(chosen, range(_NUM_AT_ONCE, len(chosen), _NUM_AT_ONCE))
+        images = [(at(block) * (255 / (levels - 1))).astype(np.uint8) for block in blocks]
+        return {"images": np.concatenate(images)}
 
     return _Points(split.size, split.labels, at, shown)
 

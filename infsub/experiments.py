@@ -138,7 +138,7 @@ def experiment(
       scales: {scale: fields}, on top of SCALES.
       smoke: the cells that scale `smoke` runs, one of each kind; none: all.
       figure: {"kind": "bars"}, "steps", "posteriors", or {"kind": "curves", "x": field, "y":
-        quantities, "lines": fields}; see infsub.report.
+        quantities, "lines": fields}, {family} in a quantity being the encoder's; see infsub.report.
     """
     config = configs.default().unlock()
     config.scale = "small"

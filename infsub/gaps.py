@@ -165,6 +165,14 @@ class Decomposition(NamedTuple):
         return bool(self.families) and schema.INFERENCE.name in self.lines
 
     @property
+    def parts(self) -> dict[str, Line]:
+        """The gaps that make up the inference gap, from L[q] on, or it alone where it is not split."""
+        if not self.is_split:
+            return {"inference": self.lines[schema.INFERENCE.name]}
+        quantities = {"amortization": schema.AMORTIZATION, "approximation": schema.APPROXIMATION}
+        return {kind: self.lines[q.of(self.own)] for kind, q in quantities.items()}
+
+    @property
     def flagged(self) -> dict[int, list[int]]:
         """{index of a datapoint: the flags that name it, by their place in `flags`}."""
         found: dict[int, list[int]] = {}

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from infsub import config as configs
-from infsub import data, files, records
+from infsub import data, files, records, rows
 from infsub.datapoints import number_of
 from infsub.types import Model, Params, UserError
 
@@ -102,9 +102,7 @@ def load(name: str, checkpoint: str) -> Imported:
             "are none."
         )
     try:
-        labels = None if found.labels is None else np.asarray(found.labels)
-        if labels is not None and labels.shape != (found.size,):
-            raise ValueError(f"labels must have shape [{found.size}]; got {labels.shape}")
+        labels = None if found.labels is None else rows.checked_labels(found.labels, found.size)
         if found.xs is not None:
             number_of(found.xs)
     except (TypeError, ValueError) as error:

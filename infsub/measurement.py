@@ -287,9 +287,8 @@ def measure(
     indices = np.arange(num_points) if indices is None else np.asarray(indices)
     if np.unique(indices).size < num_points:
         raise ValueError(f"indices must be N={num_points} different integers; got {indices}")
-    labels = [None] * num_points if labels is None else np.asarray(labels).tolist()
-    if not isinstance(labels, list) or len(labels) != num_points:
-        raise ValueError(f"labels must have shape [N={num_points}]; got {labels!r}")
+    if labels is not None:
+        labels = rows.checked_labels(labels, num_points).tolist()
     if images is not None and number_of(images) != num_points:
         raise ValueError(f"images must be N={num_points}; got {number_of(images)}")
     own = own or subjects.family_of(model, params, jax.tree.map(lambda leaf: leaf[0], xs))
@@ -313,7 +312,7 @@ def measure(
         return rows.to_json({rows.INDEX: indices} | columns)
 
     measured = mapped(subjects.bounds, "measuring", Stream.ROWS, xs, indices)
-    for row, label in zip(measured, labels, strict=True):
+    for row, label in zip(measured, labels or [None] * num_points, strict=True):
         row |= {} if label is None else {rows.LABEL: label}
     certified = []
     if num_certified:

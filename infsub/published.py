@@ -272,7 +272,7 @@ def _evaluation(source: Path, target: Path) -> dict[Path, bytes]:
         evaluation |= {"weights": imported.digest(variables)} if same else {}
     contents = {
         target / "config.json": _json(_without_paths(document)),
-        target / "evaluation.json": _json(evaluation),
+        target / "evaluation.json": _json(_without_folder(evaluation, "indices_file")),
     }
     if done := files.read_json(source / "done.json"):
         contents[target / "done.json"] = _json(done)
@@ -280,8 +280,13 @@ def _evaluation(source: Path, target: Path) -> dict[Path, bytes]:
         if rows := shards.read(source, stem):
             lines = "".join(json.dumps(_shortest(row)) + "\n" for row in rows)
             contents[target / f"{stem}.jsonl.gz"] = gzip.compress(lines.encode(), 9, mtime=0)
-    if arrays := files.read_npz(source / records.POSTERIORS, records.DENSITIES):
-        for name in ("images", "truth", "densities"):  # three digits, for a picture: half the bytes
+    layouts = records.DENSITIES, records.BARE_DENSITIES
+    if arrays := files.read_npz(source / records.POSTERIORS, *layouts):
+        for name in arrays.keys() & {
+            "images",
+            "truth",
+            "densities",
+        }:  # three digits, for a picture: half the bytes
             bits = arrays[name].astype(np.float32).view(np.uint32) & np.uint32(0xFFFFE000)
             arrays[name] = bits.view(np.float32)
         contents[target / records.POSTERIORS] = files.npz_bytes(arrays)
@@ -302,9 +307,14 @@ def _without_paths(document: dict[str, Any]) -> dict[str, Any]:
     """A config.json that says nothing of the machine's folders."""
     settings = document["config"]
     source = settings["init_from"] and f"runs/{Path(settings['init_from']).name}"
-    return document | {
-        "config": settings | {"data": settings["data"] | {"dir": ""}, "init_from": source}
-    }
+    told = {"init_from": source, "data": settings["data"] | {"dir": ""}}
+    told["evaluate"] = _without_folder(settings["evaluate"], "indices_file")
+    told["model"] = _without_folder(settings["model"], "checkpoint")
+    return document | {"config": settings | told}
+
+
+def _without_folder(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    return settings | ({name: Path(settings[name]).name} if settings.get(name) else {})
 
 
 def _json(value: Any) -> bytes:

@@ -58,6 +58,7 @@ DENSITIES = {
     "bounds": "NF",
     "densities": "NFGG",
 }
+BARE_DENSITIES = {n: v for n, v in DENSITIES.items() if n != "images"} | {"indices": "N"}
 SHOWN = {"indices": "N", "images": "N…"}
 WORDS = {"indices": "N", "words": "N text"}
 PACKAGES = ("infsub", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "distrax")

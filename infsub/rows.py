@@ -256,6 +256,22 @@ class Rows(NamedTuple):
         return finite
 
 
+def checked_labels(labels: Any, num_points: int) -> np.ndarray:
+    """Labels [N] as rows of JSON can hold them: of any type, bytes as text.
+
+    Raises:
+      ValueError: they are not N.
+    """
+    found = np.asarray(labels)
+    if found.shape != (num_points,):
+        raise ValueError(f"labels must have shape [N={num_points}]; got {found.shape}")
+    texts = [
+        each.decode(errors="replace") if isinstance(each, bytes) else each
+        for each in found.tolist()
+    ]
+    return np.asarray(texts, object if found.dtype == object else None)
+
+
 def parse(rows: Sequence[Any], *required: Quantity) -> Rows:
     """Rows of JSON as columns. What is missing or null is NaN; what is no quantity is left out.
 

@@ -33,6 +33,24 @@ def build(checkpoint=""):
     return scaled(float(checkpoint or 1)), KNOWN, data(), np.arange(9) % 2
 
 
+FIRST_FOUR = MODEL._replace(encode=lambda params, x: MODEL.encode(params, x.ravel()[:4]))
+
+
+def features():
+    """Each of 64 values, in 0 … 1 but for one datapoint's; of two there is no label, of one class one."""
+    xs = np.linspace(0, 1, 40 * 64, dtype=np.float32).reshape(40, 64)
+    xs[25, 0] = 1.02
+    labels = np.array([b"a", b"b", None, np.nan, *[b"c"] * 36], object)
+    return FIRST_FOUR, KNOWN, xs, labels
+
+
+def bright():
+    """Images of which one is ten times as bright."""
+    xs = np.random.default_rng(0).normal(size=(40, 8, 8)).astype(np.float32)
+    xs[30] *= 10
+    return FIRST_FOUR, KNOWN, xs
+
+
 def of_images():
     """For the config's data: binary images, each pixel with the same logit whatever z."""
 

@@ -18,7 +18,7 @@ import pytest
 
 import infsub
 from infsub import config as configs
-from infsub import evaluate, files, imported, main, records
+from infsub import evaluate, files, imported, main, records, thumbnails
 from infsub.train import train
 from infsub.types import UserError
 
@@ -139,12 +139,48 @@ def test_its_data_are_its_own(workdir, tmp_path):
         not in shown.table("latex") + shown.table("csv") + (workdir / "table.md").read_text()
     )
     measured = imported.digest(own_model.data())
-    assert shown.run.data.startswith(measured)
+    assert shown.run.data == measured  # as of `measure`, so that both may be compared
     copy = shutil.copytree(workdir, tmp_path / "run")
     found = files.read_json(copy / "evaluation.json")
     files.write_json(copy / "evaluation.json", found | {records.DATA: "others"})
     beside = infsub.compare({"a": shown, "b": infsub.load(copy)})
     assert beside.differences == {}
+
+
+@pytest.fixture
+def without_bounds(monkeypatch):
+    """Evaluations whose bounds are 0, and take no time."""
+
+    def zeros(function, key, xs, *rest, indices, **options):
+        return {name: np.zeros(len(indices)) for name in ("elbo", "elbo_se")}
+
+    monkeypatch.setattr(evaluate, "map_datapoints", zeros)
+
+
+@pytest.mark.parametrize("name", ["features", "bright"])
+def test_its_datapoints_look_as_they_do_in_the_library(without_bounds, tmp_path, name):
+    """Of one kind and in one range of greys, however many fit into a block."""
+    config = small(f"own_model:{name}", first=40, block_size=20, bdmc={"num_points": 0})
+    imported.claim(config, tmp_path, "run")
+    evaluate.evaluate(config, tmp_path)
+    found = files.read_npz(tmp_path / records.IMAGES, records.SHOWN, records.WORDS)
+    want = thumbnails.arrays(getattr(own_model, name)()[2])
+    for key, values in want.items():
+        np.testing.assert_array_equal(found[key], values)
+    assert ("images" in found) == (name == "bright")
+
+
+def test_all_of_its_data_are_measured_unless_so_many_are_asked_for(without_bounds, tmp_path):
+    """As `infsub.measure` does, whatever its labels: a class of one, none, bytes."""
+    config = small("own_model:features", first=0, per_class=10, bdmc={"num_points": 0})
+    for folder, number in (("all", 40), ("two", 3)):
+        imported.claim(config, tmp_path / folder, "run")
+        with config.unlocked():
+            config.evaluate.per_class = 10 if folder == "all" else 1
+        evaluate.evaluate(config, tmp_path / folder)
+        written = files.read_rows(tmp_path / folder / "rows.jsonl")
+        assert len(written) == number
+        assert [row.get("label") for row in written[:2]] == ["a", "b"]
 
 
 def test_other_weights_do_not_mix(workdir):
@@ -161,6 +197,18 @@ def test_other_weights_do_not_mix(workdir):
 
 
 @pytest.mark.slow
+def test_pixels_that_a_seed_draws_are_other_data():
+    """Not the very same datapoints, and so not paired."""
+    config = small("own_model:of_images", bdmc={"num_points": 0}).unlock()
+    config.data.binarisation = "dynamic"
+    found = []
+    for config.seed in (0, 1):
+        source = evaluate._theirs(config, jax.random.key(config.seed))
+        found.append((source.facts[records.DATA], source.points.at(np.arange(2))))
+    assert found[0][0] != found[1][0]
+    assert np.any(found[0][1] != found[1][1])
+
+
 def test_it_may_be_of_our_data(tmp_path):
     run(small("own_model:of_images", bdmc={"num_points": 0}), tmp_path / "run")
     measured = infsub.load(tmp_path / "run")
@@ -179,7 +227,7 @@ def test_it_may_be_of_our_data(tmp_path):
             {},
             "returned params without an array.*: return the weights as params",
         ),
-        ("own_model:torn", {}, r"labels must have shape \[9\]; got \(2,\)"),
+        ("own_model:torn", {}, r"labels must have shape \[N=9\]; got \(2,\)"),
         ("own_model", {}, "must be MODULE:FUNCTION"),
         ("own_model:of_images", {}, "bdmc.num_points needs a model that simulates"),
         ("own_model:build", {"split": "model"}, "split=model is for infsub's own"),

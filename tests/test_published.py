@@ -110,6 +110,13 @@ def test_it_says_nothing_of_the_machines_folders(workdir, out):
     document = json.loads((user.folder / "config.json").read_text())
     assert document["config"]["init_from"] == f"runs/{runs_of(workdir)['a']}"
     assert (out / document["config"]["init_from"] / "config.json").exists()
+    settings = document["config"]
+    settings["evaluate"]["indices_file"] = "/home/me/points.txt"
+    settings["model"]["checkpoint"] = "/home/me/weights.pt"
+    shown = json.dumps(published._without_paths(document))
+    assert "points.txt" in shown
+    assert "weights.pt" in shown
+    assert "/home" not in shown
 
 
 def test_packed_again_it_is_the_same_to_the_byte(workdir, out):

@@ -17,7 +17,7 @@ from infsub import config as configs
 from infsub import files
 from infsub import report as reports
 from infsub.report import __main__ as command
-from infsub.report import curves, figures, pictures, tables
+from infsub.report import curves, figures, pictures, svg, tables
 from infsub.report.runs import load_run
 from infsub.rows import in_order
 from infsub.types import UserError
@@ -403,9 +403,28 @@ def test_latex_is_well_formed(tmp_path):
     assert re.search(r"\$\\mathbf{-\d+\.\d+\(\d+\)}\$", tables.latex(runs))
 
 
-def test_latex_passes_a_parser(tmp_path):
+def test_names_are_kept_out_of_the_tables_markup(tmp_path):
+    runs = [
+        run._replace(name=name)
+        for run, name in zip(latex_runs(tmp_path), ("q(z|x)", "β<2"), strict=True)
+    ]
+    head = tables.markdown(runs)[0]
+    assert head == r"| nats | q(z\|x) | β<2 |"
+    assert tables.difference_tables(runs)[1].startswith(r"| β<2 − q(z\|x), paired |")
+    text = tables.latex(runs)
+    assert r"q(z\textbar{}x) & β\textless{}2" in text
+    assert text.startswith("% for xelatex or lualatex")
+
+
+@pytest.mark.parametrize("num_runs", [2, 4])
+def test_latex_passes_a_parser(tmp_path, num_runs):
     walker = pytest.importorskip("pylatexenc.latexwalker")
-    text = tables.latex(latex_runs(tmp_path))
+    text = tables.latex((latex_runs(tmp_path) * 2)[:num_runs], "decoder_size")
+    assert r"\label{tab:decoder-size}" in text
+    if num_runs > 3:  # too wide for a page, they are made to fit
+        assert text.startswith(r"% \usepackage{booktabs,adjustbox}")
+        text = re.sub(r"\\(begin|end){adjustbox}({max width=\\textwidth})?\n", "", text)
+        assert text.count(r"\rotatebox{90}{") == num_runs
     nodes, _, _ = walker.LatexWalker(text, tolerant_parsing=False).get_latex_nodes()
     table = next(n for n in nodes if n.isNodeType(walker.LatexEnvironmentNode))
     inner = [n.environmentname for n in table.nodelist if n.isNodeType(walker.LatexEnvironmentNode)]
@@ -431,6 +450,23 @@ def test_a_bar_goes_from_the_elbo_over_the_local_bound_to_log_px(tmp_path):
         assert f"{amortization.mean:.2f} ± {amortization.standard_error:.2f}" in texts
         assert "L[q*] full" in texts
         assert ("other" in texts) == (len(runs) == 2)
+
+
+def test_a_gap_that_is_not_split_is_drawn_as_one(tmp_path):
+    """Of an encoder whose own family's q* was not found FFG's is a mark, and no part of the gap."""
+    make_run(tmp_path, own="auxiliary")
+    run = load_run(str(tmp_path))
+    bar_axes, stairs_axes = figures.gap_figure([run]).axes
+    (bar,) = bar_axes.patches
+    inference = run.lines["inference_gap"]
+    assert bar.get_width() == pytest.approx(inference.mean.mean)
+    assert [text.get_text() for text in bar_axes.get_legend().get_texts()] == ["inference gap"]
+    assert len(stairs_axes.patches) == 1
+    drawn = svg.gap_figure(run.found)
+    assert set(re.findall(r'class="(\w+)"', drawn)) & {"amortization", "approximation"} == set()
+    assert "inference gap <b>" in drawn
+    assert "no q* of the encoder's own family was found" in drawn
+    assert "L[q*]" not in drawn.partition("<figcaption>")[0]
 
 
 def test_a_family_that_is_far_off_is_an_arrow_and_leaves_the_bars_their_room(tmp_path):
@@ -530,6 +566,19 @@ def test_curves_against_a_setting_have_a_line_for_each_kind(tmp_path):
     )
 
 
+def test_curves_are_of_the_encoders_own_family_or_say_what_is_missing(tmp_path):
+    y = ("amortization_gap_{family}",)
+    figure = {"kind": "curves", "x": "evaluate.checkpoint", "y": y, "lines": ("seed",)}
+    make_run(tmp_path, own="auxiliary", families=("auxiliary",))
+    run = load_run(str(tmp_path))
+    runs = [run._replace(settings=run.settings | {"evaluate.checkpoint": "epoch_2"})]
+    (axes,) = reports.draw(runs, figure, {}).axes
+    ((_, heights),) = drawn_lines(axes).values()
+    assert heights == [run.lines["amortization_gap_auxiliary"].mean.mean]
+    make_run(tmp_path, own="auxiliary")
+    assert "no run has amortization_gap" in reports.draw([load_run(str(tmp_path))], figure, {})
+
+
 def test_steps_are_drawn_down_to_what_they_leave(tmp_path):
     def add(rows):
         for row in rows:
@@ -595,6 +644,13 @@ def test_posteriors_are_drawn_where_they_lie():
         z_1, z_2 = path.vertices.T
         density = np.exp(-0.5 * (z_1**2 + ((z_2 - 0.9 * z_1) / 0.4) ** 2)) * truth.max()
         np.testing.assert_allclose(density, level, rtol=0.1)
+
+
+def test_posteriors_of_what_is_no_image_are_drawn_beside_its_index():
+    arrays = {name: array for name, array in densities().items() if name != "images"}
+    axes = pictures.picture_figure({"a": arrays}, "0").axes[0]
+    assert not axes.images
+    assert [text.get_text() for text in axes.texts] == ["4"]
 
 
 def test_several_models_share_a_page():
@@ -722,6 +778,6 @@ def test_a_torn_last_row_and_rows_evaluated_twice(tmp_path):
 
 def test_a_tilde_is_the_users_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(command, "join", lambda workdirs, out: os.mkdir(out))
+    monkeypatch.setattr(command, "join", lambda workdirs, out: os.mkdir(out) or {})
     assert command.main(["--workdirs", "run", "--out=~/tables"]) == 0
     assert (tmp_path / "tables").exists()

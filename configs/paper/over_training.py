@@ -35,7 +35,7 @@ def get_config() -> Config:
         figure={
             "kind": "curves",
             "x": "evaluate.checkpoint",
-            "y": ("amortization_gap_gaussian", "approximation_gap_gaussian"),
+            "y": ("amortization_gap_{family}", "approximation_gap_{family}"),
             "lines": ("evaluate.split",),
         },
     )

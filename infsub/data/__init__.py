@@ -268,11 +268,14 @@ def subset(split: Split, first: int | None = None, per_class: int | None = None)
         return np.arange(first)
     if split.labels is None:
         raise UserError("this data set has no labels, so no per-class subset: ask for the first n.")
-    rows = [np.flatnonzero(split.labels == label) for label in np.unique(split.labels)]
-    fewest = min(map(len, rows))
+    known = [label is not None and label == label for label in split.labels.tolist()]  # NaN is not
+    names = np.where(known, split.labels.astype(str), "")
+    rows = [np.flatnonzero(known & (names == name)) for name in np.unique(names[known])]
+    fewest = min(map(len, rows), default=0)
     if per_class is None or not 1 <= per_class <= fewest:
         raise UserError(
-            f"per_class must be 1 to {fewest}, the smallest class here; got {per_class}."
+            f"per_class must be 1 to {fewest}, the smallest class here, or 0 with first=n or for all; got "
+            f"{per_class}."
         )
     return np.sort(np.concatenate([row[:per_class] for row in rows]))
 

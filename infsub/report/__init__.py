@@ -124,7 +124,7 @@ def _write(
         out.mkdir(parents=True, exist_ok=True)
         files.write_bytes(out / "table.md", tables.document(runs, title).encode())
         files.write_csv(out / "table.csv", tables.csv_rows(runs))
-        files.write_bytes(out / "table.tex", tables.latex(runs).encode())
+        files.write_bytes(out / "table.tex", tables.latex(runs, out.resolve().name).encode())
         # Beside the rows of each: of runs that are joined there are no folders here.
         for run, folder in zip(runs, folders.values(), strict=False):
             files.write_csv(folder / "datapoints.csv", tables.datapoint_rows(run))
@@ -179,13 +179,17 @@ def draw(runs: Sequence[LoadedRun], figure: Mapping[str, Any], folders: Mapping[
             return curves.step_figure(runs)
         case "posteriors":
             densities = {
-                cell: files.read_npz(folder / records.POSTERIORS, records.DENSITIES)
+                cell: files.read_npz(
+                    folder / records.POSTERIORS, records.DENSITIES, records.BARE_DENSITIES
+                )
                 for cell, folder in folders.items()
             }
             densities = {cell: arrays for cell, arrays in densities.items() if arrays}
             if not densities:
                 return "no figure (it needs config.evaluate.grid, and points with finite bounds)"
             return pictures.picture_figure(densities, figures.seeds(runs))
+        case _ if not curves.has_lines(runs, options["y"]):
+            return f"no figure (no run has {' or '.join(options['y'])})"
         case _:
             return curves.curve_figure(runs, **options)
 

@@ -31,8 +31,11 @@ class Drawn(NamedTuple):
 def curve_figure(
     runs: Sequence[LoadedRun], x: str, y: Sequence[str], lines: Sequence[str]
 ) -> Figure:
-    """A panel for each quantity of `y`, against the setting `x`; a line for each value of `lines`."""
-    panels = {label(name): _lines(runs, x, name, lines) for name in y}
+    """A panel for each quantity of `y`, against the setting `x`; a line for each value of `lines`.
+
+    {family} in a quantity's name stands for the encoder's own.
+    """
+    panels = {_title(runs, name): _lines(runs, x, name, lines) for name in y}
     foot = footer(runs)
     if CERTIFICATE.name in y:  # not of the datapoints that the rows are of
         certified = [r.lines[CERTIFICATE.name] for r in runs if CERTIFICATE.name in r.lines]
@@ -74,13 +77,27 @@ _AXES = {
 }
 
 
+def has_lines(runs: Sequence[LoadedRun], y: Sequence[str]) -> bool:
+    """Whether any run has a quantity of `y`."""
+    return any(_of_run(run, name) in run.lines for run in runs for name in y)
+
+
+def _of_run(run: LoadedRun, name: str) -> str:
+    """A quantity's name, {family} being the encoder's own."""
+    return name.format(family=run.found.own)
+
+
+def _title(runs: Sequence[LoadedRun], name: str) -> str:
+    return ", ".join(dict.fromkeys(label(_of_run(run, name)) for run in runs))
+
+
 def _lines(runs: Sequence[LoadedRun], x: str, name: str, fields: Sequence[str]) -> list[Drawn]:
     found: dict[str, list[tuple[float, Mean]]] = {}
     for run in runs:
-        if name in run.lines:
+        if _of_run(run, name) in run.lines:
             kind = ", ".join(family_label(str(run.settings[field])) for field in fields)
             place = float(str(run.settings[x]).removeprefix("epoch_"))
-            found.setdefault(kind, []).append((place, run.lines[name].mean))
+            found.setdefault(kind, []).append((place, run.lines[_of_run(run, name)].mean))
     drawn = []
     for kind, points in found.items():
         points.sort(key=lambda point: point[0])

@@ -17,10 +17,10 @@ from matplotlib.ticker import MaxNLocator
 
 from infsub import files, gaps
 from infsub.report.runs import LoadedRun
-from infsub.rows import AMORTIZATION, APPROXIMATION, ELBO, INFERENCE, LOCAL, LOG_PX, label
+from infsub.rows import APPROXIMATION, ELBO, INFERENCE, LOCAL, LOG_PX, label
 
 # Okabe & Ito's colours (jfly.uni-koeln.de/color): told apart with any colour vision, and in grey.
-BLUE, YELLOW = "#0072B2", "#F0B430"  # of the amortization gap, of the approximation gap
+COLORS = {"amortization": "#0072B2", "approximation": "#F0B430", "inference": "#999999"}
 STYLE: Any = {
     "font.size": 7,
     "legend.fontsize": 7,
@@ -70,6 +70,8 @@ class _Bars(NamedTuple):
 def gap_figure(runs: Sequence[LoadedRun]) -> Figure:
     """A bar for each run from L[q] over L[q*] to log p̂, and an axis for each data set.
 
+    Of a run without L[q*] of the encoder's own family the bar is the inference gap, which is not split.
+
     Marks under a bar show how far the other families get; beside it an arrow points to those that lie
     too far off to leave the bars their room. One run also shows its datapoints.
     """
@@ -86,12 +88,13 @@ def gap_figure(runs: Sequence[LoadedRun]) -> Figure:
         for axes, (data, bars) in zip(rows, groups.items(), strict=False):
             _draw_bars(axes, bars, name)
             axes.set_xlabel(f"nats relative to log p̂(x){f', {data}' if len(groups) > 1 else ''}")
+        kinds = [kind for kind in COLORS if any(kind in run.found.parts for run in runs)]
         rows[0].legend(
-            [Patch(color=BLUE), Patch(color=YELLOW)],
-            ["amortization gap", "approximation gap"],
+            [Patch(color=COLORS[kind]) for kind in kinds],
+            [f"{kind} gap" for kind in kinds],
             loc="lower left",
             bbox_to_anchor=(0, 1),
-            ncols=2,
+            ncols=len(kinds),
         )
         if len(runs) == 1:
             _draw_datapoints(rows[1], runs[0])
@@ -152,18 +155,13 @@ def _draw_bar(
     places: list[tuple[int, str]],
 ) -> None:
     """Nats relative to log p̂(x): what the encoder loses, then what its family cannot reach."""
-    own = run.families[0]
-    inference, amortization, approximation = (
-        run.lines[name].mean
-        for name in (INFERENCE.name, AMORTIZATION.of(own), APPROXIMATION.of(own))
-    )
-    per_nat = _per_nat(axes.get_xlim())
-    # x and align: of a number for which the bar has no room.
-    for left, gap, color, ink, x, align in (
-        (-inference.mean, amortization, BLUE, "white", -inference.mean - 2 / per_nat, "right"),
-        (-approximation.mean, approximation, YELLOW, "black", 2 / per_nat, "left"),
-    ):
-        axes.barh(top, gap.mean, left=left, height=BAR, align="edge", color=color)
+    inference, parts = run.lines[INFERENCE.name].mean, run.found.parts
+    left, per_nat = -inference.mean, _per_nat(axes.get_xlim())
+    for kind, line in parts.items():
+        gap, ink = line.mean, "white" if kind == "amortization" else "black"
+        # Of a number for which the bar has no room.
+        x, align = (left - 2 / per_nat, "right") if ink == "white" else (2 / per_nat, "left")
+        axes.barh(top, gap.mean, left=left, height=BAR, align="edge", color=COLORS[kind])
         room = per_nat * abs(gap.mean)
         number = gaps.with_error(gap.mean, gap.standard_error).replace("-", "−")
         mean = number.partition(" ")[0]
@@ -173,7 +171,8 @@ def _draw_bar(
         else:
             ink = "black"
         axes.text(x, top + 0.4 * BAR, text, color=ink, size=size, ha=align, va="center")
-    for gap in (inference, approximation):
+        left += gap.mean
+    for gap in (inference, *(line.mean for line in [*parts.values()][1:])):
         axes.errorbar(
             -gap.mean, top + 0.8 * BAR, xerr=gap.standard_error, color="black", lw=0.8, capsize=1.5
         )
@@ -235,15 +234,13 @@ def _points(text: str, size: float) -> float:
 
 def _draw_datapoints(axes: Axes, run: LoadedRun) -> None:
     """Every datapoint's gaps stacked, in the order of their sum."""
-    amortization = run.lines[AMORTIZATION.of(run.families[0])].values
     inference = run.lines[INFERENCE.name].values
     order = np.argsort(-inference)
-    edges = np.arange(len(order) + 1)
-    for top, bottom, color in (
-        (amortization, np.zeros_like(inference), BLUE),
-        (inference, amortization, YELLOW),
-    ):
-        axes.stairs(top[order], edges, baseline=bottom[order], fill=True, color=color)
+    edges, bottom = np.arange(len(order) + 1), np.zeros_like(inference)
+    for kind, line in run.found.parts.items():
+        top = bottom + line.values
+        axes.stairs(top[order], edges, baseline=bottom[order], fill=True, color=COLORS[kind])
+        bottom = top
     axes.axhline(0, color="black", lw=0.6)
     axes.set_xlim(0, len(order))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -214,12 +214,7 @@ def _labels(rows: Rows, found: gaps.Decomposition) -> str:
     names = np.unique(of[of != ""])
     if not 1 < len(names) <= _MAX_LABELS:
         return ""
-    own = found.families[0]
     total = found.lines[schema.INFERENCE.name]
-    parts = {
-        "amortization": found.lines[schema.AMORTIZATION.of(own)],
-        "approximation": found.lines[schema.APPROXIMATION.of(own)],
-    }
     means = {
         name: gaps.mean_over_datapoints(total.values[of == name], total.errors[of == name])
         for name in names
@@ -227,7 +222,7 @@ def _labels(rows: Rows, found: gaps.Decomposition) -> str:
     widest = max(mean.mean for mean in means.values())
     body = []
     for name, mean in sorted(means.items(), key=lambda item: -item[1].mean):
-        shares = {kind: float(line.values[of == name].mean()) for kind, line in parts.items()}
+        shares = {kind: float(line.values[of == name].mean()) for kind, line in found.parts.items()}
         text = gaps.with_error(mean.mean, mean.standard_error).replace("-", "−")
         value, _, error = text.partition(" ")
         small = "" if np.isnan(mean.standard_error) else f" <small>{error}</small>"

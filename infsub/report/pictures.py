@@ -36,8 +36,9 @@ def picture_figure(models: Mapping[str, Mapping[str, np.ndarray]], seed: str) ->
     Several models share a page: of each, as many datapoints as fit, those where q loses most.
 
     Args:
-      models: by name, what `posteriors.npz` holds: images [N, H, W, C], families [F], log_px [N],
-        low [N, 2], width [N], truth [N, G, G], bounds [N, F], densities [N, F, G, G].
+      models: by name, what `posteriors.npz` holds: images [N, H, W, C] or, where x are none, indices [N],
+        families [F], log_px [N], low [N, 2], width [N], truth [N, G, G], bounds [N, F], densities
+        [N, F, G, G].
       seed: for the foot.
     """
     rows = [(name, n) for name, arrays in models.items() for n in _drawn(arrays, len(models))]
@@ -78,7 +79,10 @@ def _name_columns(axes: Sequence[Axes], arrays: Mapping[str, np.ndarray], model:
 def _draw_row(all_axes: Sequence[Axes], arrays: Mapping[str, np.ndarray], n: int) -> None:
     image_axes, truth_axes, *q_axes = all_axes
     _bare(image_axes)
-    image_axes.imshow(arrays["images"][n].squeeze(), cmap="gray_r", vmin=0, vmax=1)
+    if "images" in arrays:  # else the x are no images
+        image_axes.imshow(arrays["images"][n].squeeze(), cmap="gray_r", vmin=0, vmax=1)
+    else:
+        image_axes.text(0.5, 0.5, str(arrays["indices"][n]), ha="center", va="center", size=SMALL)
     truth, log_px = arrays["truth"][n], arrays["log_px"][n]
     low, width = arrays["low"][n], arrays["width"][n]
     densities = [_smoothed(density) for density in arrays["densities"][n]]

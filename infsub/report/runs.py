@@ -163,9 +163,15 @@ def read_folder(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]
     known = identified if isinstance(identified, dict) else {}
     identity = known.get("data identity", document["config"].get("data"))
     # Simulated images and a user's own data are themselves what tells them apart.
-    data = f"{evaluation.get(records.DATA, identity)} {settings.get('evaluate.split')}"
+    split = "" if _has_own_data(document) else f" {settings.get('evaluate.split')}"
+    data = f"{evaluation.get(records.DATA, identity)}{split}"
     document["config"] = _told(document, evaluation)
     return measured, certified, {"data": data, "missing": records.missing(folder)} | document
+
+
+def _has_own_data(document: dict[str, Any]) -> bool:
+    """Whether the rows are of data that an imported model brought."""
+    return document.get("image_shape") == [0, 0, 0]
 
 
 def _told(document: dict[str, Any], evaluation: dict[str, Any]) -> dict[str, Any]:
@@ -175,7 +181,7 @@ def _told(document: dict[str, Any], evaluation: dict[str, Any]) -> dict[str, Any
         config = config | {
             "model": config["model"] | {"posterior": {"name": evaluation[records.OWN]}}
         }
-    if document.get("image_shape") == [0, 0, 0]:  # data of its own
+    if _has_own_data(document):
         evaluate = {name: v for name, v in config["evaluate"].items() if name != "split"}
         config = {name: v for name, v in config.items() if name != "data"} | {"evaluate": evaluate}
     return config

@@ -7,21 +7,22 @@ from html import escape
 import numpy as np
 
 from infsub import gaps
-from infsub.rows import AMORTIZATION, APPROXIMATION, ELBO, INFERENCE, LOCAL, LOG_PX, label
+from infsub.rows import ELBO, LOCAL, LOG_PX, label
 
 
 def gap_figure(found: gaps.Decomposition) -> str:
     """The bar from L[q] over L[q*] to log p̂, and every datapoint's gaps; "" where no L[q*] or log p̂ is.
 
-    A page's style colours the classes amortization and approximation.
+    A page's style colours the classes amortization, approximation and, where it is not split, inference.
     """
     if not found.has_gaps:
         return ""
-    own = found.families[0]
-    parts = {
-        "amortization": found.lines[AMORTIZATION.of(own)],
-        "approximation": found.lines[APPROXIMATION.of(own)],
-    }
+    parts = found.parts
+    over = (
+        "over L[q*], the best of its family, to log p̂"
+        if found.is_split
+        else "to log p̂; no q* of the encoder's own family was found to split it"
+    )
     mean = {name: line.mean.mean for name, line in found.lines.items()}
     texts = {k: gaps.with_error(p.mean.mean, p.mean.standard_error) for k, p in parts.items()}
     key = "".join(
@@ -33,10 +34,10 @@ def gap_figure(found: gaps.Decomposition) -> str:
     return f"""<figure>
 <ul class="key">{key}</ul>
 {bar({kind: line.mean.mean for kind, line in parts.items()})}
-{_ends(mean, own)}
-{_stairs(parts["amortization"].values, found.lines[INFERENCE.name].values)}
-<figcaption>Above, the means in nats: from L[q], what the encoder gives, over L[q*], the best of its
-family, to log p̂. Below, each of the {count} datapoints, the largest inference gap first.</figcaption>
+{_ends(mean, found.own if found.is_split else "")}
+{_stairs(parts)}
+<figcaption>Above, the means in nats: from L[q], what the encoder gives, {over}. Below, each of the
+{count} datapoints, the largest inference gap first.</figcaption>
 </figure>"""
 
 
@@ -53,15 +54,13 @@ def bar(parts: dict[str, float], total: float | None = None) -> str:
 
 def _ends(mean: dict[str, float], family: str) -> str:
     """What lies at the ends of the bar, and where its colour changes: marks, and their names."""
-    local = LOCAL.of(family)
-    share = (mean[local] - mean[ELBO.name]) / (mean[LOG_PX.name] - mean[ELBO.name] or 1)
-    at = 100 * min(max(share, 0), 1)
-    text_at = min(max(at, 33), 67)  # clear of its neighbours on a phone
-    marks = (
-        (0, 0, "start", ELBO.name, ""),
-        (at, text_at, "middle", local, ' class="aside"'),
-        (100, 100, "end", LOG_PX.name, ""),
-    )
+    marks = [(0.0, 0.0, "start", ELBO.name, ""), (100.0, 100.0, "end", LOG_PX.name, "")]
+    if family:
+        local = LOCAL.of(family)
+        share = (mean[local] - mean[ELBO.name]) / (mean[LOG_PX.name] - mean[ELBO.name] or 1)
+        at = 100 * min(max(share, 0), 1)
+        text_at = min(max(at, 33), 67)  # clear of its neighbours on a phone
+        marks.insert(1, (at, text_at, "middle", local, ' class="aside"'))
     drawn = [
         f'<line x1="{x:.2f}%" x2="{x:.2f}%" y1="0" y2="6"/><text x="{text_x:.2f}%" y="22" '
         f'text-anchor="{anchor}"{style}>{escape(label(name))} <tspan>{_minus(mean[name])}</tspan></text>'
@@ -70,24 +69,30 @@ def _ends(mean: dict[str, float], family: str) -> str:
     return f'<svg class="ends">{"".join(drawn)}</svg>'
 
 
-def _stairs(amortization: np.ndarray, inference: np.ndarray) -> str:
+def _stairs(parts: dict[str, gaps.Line]) -> str:
     """Every datapoint's gaps stacked, in the order of their sum, over an axis that begins at 0."""
+    tops = dict(
+        zip(parts, np.cumsum([line.values for line in parts.values()], axis=0), strict=True)
+    )
+    *_, inference = tops.values()
     order = np.argsort(-inference, kind="stable")
-    low = min(0.0, inference.min(), amortization.min())
-    high = max(inference.max(), amortization.max(), low + 1e-6)
+    low = min(0.0, *(values.min() for values in tops.values()))
+    high = max(low + 1e-6, *(values.max() for values in tops.values()))
 
     def area(values: np.ndarray) -> str:
         heights = np.rint(1000 * (high - values[order]) / (high - low)).astype(int)
         zero = round(1000 * high / (high - low))
         return f"M0 {zero}{''.join(f'V{height}h1' for height in heights)}V{zero}z"
 
+    # The first part lies over the sum.
+    paths = "".join(f'<path class="{kind}" d="{area(tops[kind])}"/>' for kind in reversed(tops))
     width = len(order)
     zero = round(1000 * high / (high - low))
     extent = f"from {_minus(inference.max())} to {_minus(inference.min())} nats"
     return f"""<div class="stairs"><span>{high:.1f} nats</span>
 <svg id="stairs" viewBox="0 0 {width} 1000" preserveAspectRatio="none" role="img"
  aria-label="Inference gaps of {width} datapoints, {extent}">
-<path class="approximation" d="{area(inference)}"/><path class="amortization" d="{area(amortization)}"/>
+{paths}
 <path class="zero" d="M0 {zero}H{width}"/></svg><span>{_minus(low, 1)}</span></div>"""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ ERRORS = (
     "data by more than 2 standard errors of the difference."
 )
 
+_NUM_UPRIGHT = 3  # columns that a page has room for under their names
 _NUM_LISTED = 20  # datapoints to look at of one kind: what is read, not skipped
 
 
@@ -76,7 +78,7 @@ def markdown(runs: Sequence[LoadedRun]) -> list[str]:
         ]
     best = best_runs(runs)
     table = [
-        "| nats | " + " | ".join(run.name for run in runs) + " |",
+        "| nats | " + " | ".join(_cell(run.name) for run in runs) + " |",
         "|---|" + "---:|" * len(runs),
     ]
     for name in line_names(runs):
@@ -88,6 +90,11 @@ def markdown(runs: Sequence[LoadedRun]) -> list[str]:
         table.append(f"| {label(name)} | " + " | ".join(cells) + " |")
     counts = [str(len(run.indices)) for run in runs]
     return [*table, "| datapoints | " + " | ".join(counts) + " |"]
+
+
+def _cell(text: str) -> str:
+    """A name as a cell of a Markdown table."""
+    return text.replace("|", r"\|")
 
 
 def text_lines(lines: Mapping[str, gaps.Line]) -> Iterator[tuple[str, ...]]:
@@ -151,7 +158,7 @@ def difference_tables(runs: Sequence[LoadedRun]) -> list[str]:
     """`differences` as Markdown, a table each, with both errors of a difference's mean."""
     text = []
     for name, lines in differences(runs).items():
-        head = [f"{name} − {runs[0].name}, paired", *HEAD[1:]]
+        head = [_cell(f"{name} − {runs[0].name}, paired"), *HEAD[1:]]
         text += ["", f"| {' | '.join(head)} |", "|---|---:|---:|---:|:---:|"]
         text += [f"| {' | '.join(cells)} |" for cells in text_lines(lines)]
     return text
@@ -240,10 +247,13 @@ def datapoint_rows(run: LoadedRun) -> list[dict[str, Any]]:
     return rows
 
 
-def latex(runs: Sequence[LoadedRun]) -> str:
-    """A booktabs table, a column a run."""
+def latex(runs: Sequence[LoadedRun], key: str = "gaps") -> str:
+    """A booktabs table labelled tab:key, a column a run; no wider than the text, where they are many."""
     best = best_runs(runs)
-    body = []
+    body, wide = [], len(runs) > _NUM_UPRIGHT
+    heads = [_escape(run.name) for run in runs]
+    if wide:
+        heads = [rf"\rotatebox{{90}}{{{head}}}" for head in heads]
     for name in line_names(runs):
         cells = [label(name, latex=True)]
         for i, run in enumerate(runs):
@@ -260,32 +270,36 @@ def latex(runs: Sequence[LoadedRun]) -> str:
         *settings(runs),
         *(note for run in runs for note in (*run.verdicts.sentences, *run.notes)),
     ]
-    return "\n".join(
+    text = "\n".join(
         [
-            r"% \usepackage{booktabs}",
+            r"% \usepackage{booktabs,adjustbox}" if wide else r"% \usepackage{booktabs}",
             *(f"% {_escape(line)}" for line in beside),
             r"\begin{table}",
             r"\centering",
             rf"\caption{{{_escape(caption)}}}",
-            r"\label{tab:gaps}",
+            rf"\label{{tab:{re.sub('[^A-Za-z0-9]+', '-', key)}}}",
+            *([r"\begin{adjustbox}{max width=\textwidth}"] if wide else []),
             rf"\begin{{tabular}}{{l{'r' * len(runs)}}}",
             r"\toprule",
-            " & ".join(["nats", *(_escape(run.name) for run in runs)]) + r" \\",
+            " & ".join(["nats", *heads]) + r" \\",
             r"\midrule",
             *body,
             r"\midrule",
             " & ".join(["datapoints", *counts]) + r" \\",
             r"\bottomrule",
             r"\end{tabular}",
+            *([r"\end{adjustbox}"] if wide else []),
             r"\end{table}",
             "",
         ]
     )
+    return text if text.isascii() else f"% for xelatex or lualatex: it has other letters\n{text}"
 
 
 def _escape(text: str) -> str:
     """Plain text as LaTeX."""
     special = {c: "\\" + c for c in "&%$#_{}"}
     special |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    special |= {"|": r"\textbar{}", "<": r"\textless{}", ">": r"\textgreater{}"}
     special |= {"±": r"$\pm$", "−": "$-$", "\0": r"$\hat p$"}
     return "".join(special.get(c, c) for c in text.replace("p̂", "\0"))  # p̂ is two characters
