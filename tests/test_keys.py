@@ -42,6 +42,12 @@ def test_training_keeps_its_numbers():
     assert stream(ROOT, Stream.NOISE) == expected
 
 
+def test_rows_keep_their_numbers():
+    """Published ones are measured again by them, to the digit."""
+    assert [Stream.ROWS, Stream.CERTIFICATE, Stream.IMAGES] == [6, 7, 8]
+    assert named(ROOT, "elbo") == jax.random.fold_in(ROOT, 3870793605)
+
+
 def draws_twice(function, *args):
     """Whether the function uses a key for two draws, found in its trace."""
     with jax.debug_key_reuse(True):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,6 +72,68 @@ def test_the_defaults_are_those_of_the_config():
     assert len(told) == 14
 
 
+CHANGED = {
+    "elbo_samples": 7,
+    "iwae_samples": 8,
+    "iwae_start": "laplace",
+    "grid": 9,
+    "ais.num_chains": 2,
+    "ais.num_temperatures": 3,
+    "ais.num_leapfrog": 4,
+    "ais.schedule": "power",
+    "ais.start": "prior",
+    "ais.adaptation": "authors",
+    "local.families": ("planar",),
+    "local.preset": "thorough",
+    "local.max_steps": 5,
+    "local.curve": (0, 1),
+}
+
+
+def test_no_field_of_the_config_is_lost_on_the_way_to_the_settings():
+    evaluate = configs.default().evaluate
+    before = dict(configs.flatten(evaluate))
+    evaluate.update_from_flattened_dict(CHANGED)
+    assert all(before[name] != value for name, value in CHANGED.items())
+    told = configs.of_settings(configs.measured(evaluate, 500))
+    assert dict(configs.flatten(told)) == CHANGED
+
+
+def test_every_setting_reaches_its_estimator(monkeypatch):
+    """A setting that nobody reads changes no number, and the rows would look right."""
+    taken = {}
+
+    def record(name):
+        function = getattr(sys.modules["infsub.measure"], name)
+
+        def recorded(*args, **options):
+            bound = inspect.signature(function).bind(*args, **options)
+            taken[name] = {k: v for k, v in bound.arguments.items() if k != "changes"}
+            taken[name] |= bound.arguments.get("changes", {})
+            return function(*args, **options)
+
+        monkeypatch.setattr(sys.modules["infsub.measure"], name, recorded)
+
+    for name in ("elbo", "iwae", "ais", "bdmc", "optimize_local", "local_curve"):
+        record(name)
+    of_ais = {"num_chains": 2, "num_temperatures": 3, "num_leapfrog": 4, "schedule": "power"}
+    authors = AIS(**of_ais, adaptation="authors")
+    settings = Settings(7, 8, chunk_size=3, preset="thorough", max_steps=5, curve=(0, 1))
+    row, certificate = (settings._replace(ais=each) for each in (authors, AIS(**of_ais)))
+    key, x = jax.random.key(0), jnp.zeros(5)
+    jax.eval_shape(lambda: bounds(key, x, settings=row))
+    jax.eval_shape(lambda: certified(key, None, settings=certificate))
+    wanted = {
+        "elbo": {"num_samples": 7},
+        "iwae": {"num_samples": 8, "chunk_size": 3},
+        "ais": authors._asdict(),
+        "bdmc": of_ais,
+        "optimize_local": {"rule": "thorough", "max_steps": 5},
+        "local_curve": {"steps": (0, 1), "rule": "thorough", "num_samples": 7},
+    }
+    assert {name: {k: taken[name][k] for k in said} for name, said in wanted.items()} == wanted
+
+
 def test_every_bound_lies_where_its_closed_form_says(xs, columns):
     found = rows.parse(rows.to_json({rows.INDEX: np.arange(N)} | columns))
     log_px = np.asarray(jax.vmap(MODEL.log_px)(xs))
@@ -107,6 +172,29 @@ def test_a_flow_goes_on_from_the_best_gaussian_asked_for_or_not(xs, columns):
     beyond, errors = found["iwae"] - jax.vmap(MODEL.log_px)(xs), found["iwae_se"]
     assert np.all(abs(beyond) < 4 * errors + 0.01)
     assert abs(beyond.mean()) < 4 * np.linalg.norm(errors) / N + 0.01
+
+
+def test_a_flow_that_can_be_the_posterior_begins_as_it(xs):
+    """p(z|x) is a Gaussian of full covariance: from a factorised one it is far in so few steps."""
+    settings = SETTINGS._replace(families=("rnvp",), max_steps=1)
+
+    @jax.jit
+    @jax.vmap
+    def local(key, x):
+        row = bounds(key, x, settings=settings)
+        return row["local_rnvp"], row["local_rnvp_se"]  # XLA drops what nobody reads
+
+    found, errors = local(jax.random.split(jax.random.key(1), 4), xs[:4])
+    assert np.all(abs(jax.vmap(MODEL.log_px)(xs[:4]) - found) < 4 * errors + 0.03)
+
+
+def test_iwae_of_q_star_lies_between_its_elbo_and_log_px(xs, columns):
+    log_px = jax.vmap(MODEL.log_px)(xs)
+    gap = jax.vmap(lambda x: MODEL.kl(x, MODEL.best_gaussian(x)))(xs)
+    np.testing.assert_allclose(columns["local_full_gaussian_iwae"], log_px, atol=2e-3)
+    found, errors = columns["local_gaussian_iwae"], columns["local_gaussian_iwae_se"]
+    assert np.all(found - columns["local_gaussian"] > gap / 2)
+    assert np.all(found - log_px < 4 * errors)
 
 
 def test_the_certificate_holds_zero_and_its_bounds_the_truth():
