@@ -14,7 +14,7 @@ from models import linear_gaussian
 
 import infsub
 from infsub import hmc, schedules
-from infsub.ais import _authors, pilot_size, start_chains
+from infsub.ais import _authors, checked_settings, pilot_size, prepare, start_chains
 from infsub.types import Gaussian, Target
 
 
@@ -203,6 +203,21 @@ def test_frozen_step_sizes_are_used_as_given():
     assert info.z.shape == (400, 3)
 
 
+@pytest.mark.parametrize("schedule", ["linear", "adaptive"])
+def test_the_measuring_run_takes_what_the_pilot_has_frozen(schedule):
+    model = linear_gaussian(3, 6)
+    _, xs = simulate(model, 1)
+    target, q, sizes = model.target(xs[0]), wrong(model.best_gaussian(xs[0]), 2.0), (8, 20, 2)
+    key, settings = jax.random.key(0), checked_settings(q, *sizes, schedule, None)
+    frozen = jax.jit(prepare)(jax.random.split(key)[0], target, q, settings)
+    _, info = infsub.ais_with_info(key, target, q, *sizes, schedule)
+    np.testing.assert_allclose(info.step_sizes, frozen.step_sizes, rtol=1e-5)
+    np.testing.assert_allclose(info.betas, frozen.betas, atol=1e-6)
+    assert np.ptp(frozen.step_sizes) > 0.1
+    if schedule == "adaptive":  # and not where the pilot itself looked
+        assert np.max(abs(info.betas - schedules.schedule_betas("power", 20))) > 0.05
+
+
 def test_a_trajectory_of_a_whole_period_does_not_come_back():
     """On N(0, I) ten steps of 0.618 are one turn: of fixed length, every one would end at its start."""
     q = Gaussian(jnp.zeros(2), jnp.ones(2))
@@ -262,6 +277,16 @@ def test_the_authors_rule():
     flat = Target(None, lambda z: -0.5 * jnp.sum(z**2), 3)
     _, info = infsub.ais_with_info(jax.random.key(0), flat, None, 5, 300, 2, adaptation="authors")
     np.testing.assert_allclose(info.step_sizes[:100], 0.01 * 1.02 ** np.arange(100), rtol=1e-3)
+
+
+def test_the_authors_step_sizes_are_not_jittered():
+    """The first is 0.01, and moves z by as much of the momentum; by two thirds of it with jitter."""
+    q = Gaussian(jnp.zeros(2), jnp.ones(2))
+    flat, key = Target(None, lambda z: 0.0 * jnp.sum(z), 2), jax.random.key(0)
+    _, info = infsub.ais_with_info(key, flat, q, 500, 1, 1, adaptation="authors")
+    key_start, _ = jax.random.split(jax.random.split(key)[1])
+    moved = info.z - start_chains(key_start, q, 500)
+    assert np.std(moved) == pytest.approx(0.01, rel=4 / np.sqrt(2 * moved.size))
 
 
 def test_a_non_finite_region_is_rejected_and_counted():

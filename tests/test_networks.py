@@ -176,6 +176,31 @@ def test_a_decoders_statistics_are_over_datapoints_and_samples():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), updated, same)
 
 
+def test_a_decoder_in_evaluation_is_its_layers_with_the_running_statistics():
+    net, rng = networks.ConvDecoder((3, 2), (10, 10, 1)), np.random.default_rng(0)
+    z = rng.normal(size=4).astype(np.float32)
+    shapes = jax.eval_shape(lambda: net.init(KEY, z))
+    variables = jax.tree.map(lambda a: rng.normal(size=a.shape).astype(np.float32), shapes)
+    params, stats = variables["params"], variables["batch_stats"]["BatchNorm_0"]
+    stats["var"] = 1 + stats["var"] ** 2
+
+    @jax.jit
+    def both(z):
+        def deconvolved(h, layer):
+            layer, layout = params[layer], ("NHWC", "HWIO", "NHWC")
+            y = lax.conv_transpose(h, layer["kernel"], (2, 2), "VALID", dimension_numbers=layout)
+            return y + layer["bias"]
+
+        dense, scaling = params["Dense_0"], params["BatchNorm_0"]
+        h = jax.nn.elu(z @ dense["kernel"] + dense["bias"]).reshape(1, 1, 1, 3)
+        h = (deconvolved(h, "ConvTranspose_0") - stats["mean"]) / np.sqrt(stats["var"] + 1e-5)
+        h = jax.nn.elu(h * scaling["scale"] + scaling["bias"])
+        return net.apply(variables, z, train=False), deconvolved(h, "ConvTranspose_1")[0]
+
+    y, expected = both(z)
+    np.testing.assert_allclose(y, expected, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("init", "std"),
     [("xavier_uniform", None), ("xavier_normal", None), ("gaussian", 0.05)],

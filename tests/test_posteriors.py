@@ -118,6 +118,21 @@ def test_log_q_is_the_change_of_variables(name, latent_dim):
     np.testing.assert_allclose(log_q, rest - np.linalg.slogdet(jacobian)[1], rtol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["rnvp", "auxiliary"])
+def test_a_coupling_may_contract_as_far_as_a_sigmoid_does(name):
+    """With elu on the output of its scale network, as in others' code, it ends at 2 σ(−1) = 0.54."""
+    posterior = family(name, 3, num_steps=1)
+    params = jax.jit(posterior.init)(jax.random.key(0))
+    (step,) = params["shared"]["steps"]
+    for layers in step.values():
+        bias = layers[-1]["b"]
+        layers[-1]["b"] = np.where(np.arange(bias.size) < bias.size // 2, -5.0, bias)
+    fresh = jax.jit(posterior.init)(jax.random.key(0))
+    closed, open_ = (jax.jit(posterior.sample)(jax.random.key(1), p)[0] for p in (params, fresh))
+    # 0.3 of it is the soft limit's.
+    np.testing.assert_allclose(np.log(closed / open_), np.log(2 / (1 + np.exp(5))), atol=0.4)
+
+
 @each_family
 def test_a_sign_turns_the_noise_about(name):
     """sign=−1 is the draw that the opposite noise gives."""
