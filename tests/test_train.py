@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from jax.scipy.stats import norm
 
 from infsub import bounds, checkpoints, config, data, files, records, train_step
 from infsub.datapoints import map_datapoints
@@ -195,6 +196,39 @@ def test_chunks_change_no_bit(digits, fields):
     jax.tree.map(np.testing.assert_array_equal, results[0][0], results[1][0])
 
 
+def step_keys(key, branch, step):
+    return jax.random.split(jax.random.fold_in(jax.random.fold_in(key, branch), step), 20)
+
+
+def sums_of_epochs(task, key, variables, batches):
+    """What two epochs of two steps record of the ELBO of these batches, where nothing is learnt."""
+
+    @jax.jit
+    @jax.vmap
+    def elbo(key, x):
+        terms, _ = task.vae.terms(key, variables, x, 1)
+        return jnp.mean(terms.log_likelihood + terms.log_prior - terms.log_q)
+
+    elbos = [np.mean(elbo(step_keys(key, 2, step), x)) for step, x in enumerate(batches)]
+    return [elbos[0] + elbos[1], elbos[2] + elbos[3]]
+
+
+def test_every_epoch_draws_its_dynamic_pixels_anew():
+    images = data.load("mnist5k", binarisation="dynamic").train.images
+    task, keys, states = start(tiny_config(batch_size=20, learning_rate=0.0).train)
+    variables = jax.tree.map(lambda leaf: leaf[0].copy(), states.variables)
+    _, rows = train_step.train_chunk(task, keys, states, images, 0, 4)
+    batches = []
+    for epoch in range(2):
+        shuffle, pixels = (
+            jax.random.fold_in(jax.random.fold_in(keys[0], i), epoch) for i in (0, 1)
+        )
+        order = jax.random.permutation(shuffle, 40)
+        batches += [data.batch(images, order[:20], pixels), data.batch(images, order[20:], pixels)]
+    expected = sums_of_epochs(task, keys[0], variables, batches)
+    np.testing.assert_allclose(rows["elbo"][0, :2], expected, rtol=1e-5)
+
+
 def test_on_the_model_every_step_has_fresh_draws_of_it(digits):
     # Without learning, the epochs' rows are the ELBOs of draws that anyone can make again.
     fields = {"batch_size": 20, "on": "model", "freeze": "decoder", "learning_rate": 0.0}
@@ -207,19 +241,9 @@ def test_on_the_model_every_step_has_fresh_draws_of_it(digits):
     def draw(key):
         return task.vae.simulate(key, variables)[1]
 
-    @jax.jit
-    @jax.vmap
-    def elbo(key, x):
-        terms, _ = task.vae.terms(key, variables, x, 1)
-        return jnp.mean(terms.log_likelihood + terms.log_prior - terms.log_q)
-
-    def step_keys(branch, step):
-        return jax.random.split(jax.random.fold_in(jax.random.fold_in(keys[0], branch), step), 20)
-
-    batches = [draw(step_keys(1, step)) for step in range(4)]
+    batches = [draw(step_keys(keys[0], 1, step)) for step in range(4)]
     assert len(np.unique(np.concatenate(batches).reshape(80, -1), axis=0)) == 80
-    elbos = [np.mean(elbo(step_keys(2, step), x)) for step, x in enumerate(batches)]
-    expected = [elbos[0] + elbos[1], elbos[2] + elbos[3]]
+    expected = sums_of_epochs(task, keys[0], variables, batches)
     np.testing.assert_allclose(rows["elbo"][0, :2], expected, rtol=1e-5)
 
 
@@ -286,17 +310,27 @@ def test_validation_and_the_final_test_are_means_over_their_whole_splits(source,
 
     def bound(key, x, variables):
         sampler = vae.sampler(variables, x)
-        return bounds.elbo(key, vae.target(variables, x), sampler, 2).log_px
+        found = bounds.elbo(key, vae.target(variables, x), sampler, 2)
+        z, log_q = jax.vmap(sampler)(jax.random.split(key))
+        values = {
+            "elbo": found.log_px,
+            "iwae": jnp.log(jnp.mean(jnp.exp(found.log_weights - found.log_px))) + found.log_px,
+            "kl": jnp.mean(log_q - jnp.sum(norm.logpdf(z), axis=1)),
+        }
+        return values, vae.encode(variables, x)["encoded"]["mean"]
 
     rows = files.read_rows(source / "metrics.jsonl")
     (best,) = [row for row in rows if row["step"] == step]
     summary = files.read_json(source / "summary.json")
     for split, found in (("validation", best), ("test", summary)):
         part = digits.split(split)
-        values = map_datapoints(bound, key, part[: part.size], variables, block_size=100)
-        np.testing.assert_allclose(found[f"{split}_elbo"], values.mean(), rtol=1e-5)
-        error = values.std(ddof=1) / math.sqrt(part.size)
-        np.testing.assert_allclose(found[f"{split}_elbo_se"], error, rtol=1e-4)
+        values, means = map_datapoints(bound, key, part[: part.size], variables, block_size=100)
+        for name, each in values.items():
+            np.testing.assert_allclose(found[f"{split}_{name}"], each.mean(), rtol=1e-5)
+        for name in ("elbo", "iwae"):
+            error = values[name].std(ddof=1) / math.sqrt(part.size)
+            np.testing.assert_allclose(found[f"{split}_{name}_se"], error, rtol=1e-4)
+        assert found[f"{split}_active_units"] == np.sum(means.var(axis=0) > 0.01) > 0
 
 
 def test_early_stopping_waits_for_annealing_and_patience(source, tmp_path):
@@ -338,6 +372,19 @@ def test_what_a_setting_does_not_do_is_said(tmp_path, monkeypatch, capsys):
     err = capsys.readouterr().err
     assert "objective=iwae of config.train.num_samples=1 is the ELBO." in err
     assert "init_parts=decoder of no config.init_from takes nothing." in err
+
+
+@pytest.mark.parametrize(("criterion", "best"), [("elbo", 1), ("iwae", 2)])
+def test_the_criterion_chooses_what_is_best(tmp_path, monkeypatch, criterion, best):
+    peaks = iter([(3.0, 1.0), (2.0, 3.0), (1.0, 2.0), (0.0, 0.0)])  # three epochs and the test
+
+    def validate(*_):
+        return {n: np.float32([v]) for n, v in zip(("elbo", "iwae"), next(peaks), strict=True)}
+
+    monkeypatch.setattr(sys.modules[train.__module__], "validate", validate)
+    train(tiny_config(criterion=criterion), tmp_path)
+    assert files.read_json(tmp_path / "summary.json")["best_epoch"] == best
+    assert checkpoints.load_variables(tmp_path)[1] == 16 * best
 
 
 def test_best_checkpoint_is_that_of_the_best_validation_epoch(tmp_path):
