@@ -18,7 +18,7 @@ from infsub import files
 from infsub import report as reports
 from infsub.report import __main__ as command
 from infsub.report import curves, figures, pictures, svg, tables
-from infsub.report.runs import load_run
+from infsub.report.runs import line_names, load_run
 from infsub.rows import in_order
 from infsub.types import UserError
 
@@ -187,6 +187,26 @@ def test_the_cells_of_an_experiment_have_their_datapoints_beside_their_rows(tmp_
         with (folder / "datapoints.csv").open() as file:
             assert len(list(csv.DictReader(file))) == N
     assert not (tmp_path / "out" / "datapoints.csv").exists()
+
+
+def test_every_datapoint_has_its_own_gaps_beside_its_bounds(tmp_path):
+    rows = make_run(tmp_path, edit=lambda rows: rows[4].update(ais=None))
+    text = files.csv_text(tables.datapoint_rows(load_run(str(tmp_path))))
+    shown = list(csv.DictReader(io.StringIO(text)))
+    assert [int(line["index"]) for line in shown] == [row["index"] for row in rows]
+    of_gaps = {
+        "amortization_gap_gaussian": ("local_gaussian", "elbo", np.hypot(0.1, 0.2)),
+        "approximation_gap_gaussian": ("ais", "local_gaussian", np.hypot(0.1, 0.1)),
+        "inference_gap": ("ais", "elbo", np.hypot(0.1, 0.2)),
+    }
+    left_out, row = shown.pop(4), rows.pop(4)
+    assert [left_out[gap] for gap in of_gaps] == ["", "", ""]
+    assert float(left_out["elbo"]) == pytest.approx(row["elbo"])
+    for line, row in zip(shown, rows, strict=True):
+        assert [float(line[n]) for n in row] == pytest.approx(list(map(float, row.values())))
+        for gap, (upper, lower, error) in of_gaps.items():
+            assert float(line[gap]) == pytest.approx(row[upper] - row[lower])
+            assert float(line[f"{gap}_se"]) == pytest.approx(error)
 
 
 def test_datapoints_to_look_at_are_listed_by_dataset_index(tmp_path):
@@ -403,6 +423,17 @@ def test_latex_is_well_formed(tmp_path):
     assert re.search(r"\$\\mathbf{-\d+\.\d+\(\d+\)}\$", tables.latex(runs))
 
 
+def test_a_latex_cell_is_the_number_of_its_own_run(tmp_path):
+    runs = latex_runs(tmp_path)
+    _, *body, _ = check_latex(tables.latex(runs))
+    for name, row in zip(line_names(runs), body, strict=True):
+        _, *cells = re.sub(r"\\mathbf|[${}]| \\\\", "", row).split(" & ")
+        lines = [run.lines.get(name) for run in runs]
+        assert cells == [
+            tables.in_parentheses(line.mean.mean, line.error) if line else "--" for line in lines
+        ]
+
+
 def test_names_are_kept_out_of_the_tables_markup(tmp_path):
     runs = [
         run._replace(name=name)
@@ -467,6 +498,19 @@ def test_a_gap_that_is_not_split_is_drawn_as_one(tmp_path):
     assert "inference gap <b>" in drawn
     assert "no q* of the encoder's own family was found" in drawn
     assert "L[q*]" not in drawn.partition("<figcaption>")[0]
+
+
+def test_the_bar_of_a_page_has_its_gaps_in_proportion_and_by_their_names(tmp_path):
+    make_run(tmp_path)
+    run = load_run(str(tmp_path))
+    text = svg.gap_figure(run.found)
+    named = re.findall(r'<li class="(\w+)">(\w+) gap <b>(.*?)</b> ± (.*?)</li>', text)
+    widths = re.findall(r'<rect class="(\w+)" x=".*?" width="(.*?)%"', text)
+    whole = run.lines["inference_gap"].mean.mean
+    for kind, key, width in zip(("amortization", "approximation"), named, widths, strict=True):
+        gap = run.lines[f"{kind}_gap_gaussian"].mean
+        assert key == (kind, kind, f"{gap.mean:.2f}", f"{gap.standard_error:.2f}")
+        assert width == (kind, f"{100 * gap.mean / whole:.2f}")
 
 
 def test_a_family_that_is_far_off_is_an_arrow_and_leaves_the_bars_their_room(tmp_path):
@@ -550,7 +594,7 @@ def test_curves_against_a_setting_have_a_line_for_each_kind(tmp_path):
     for own, at, shift in (("gaussian", 4, 0.0), ("auxiliary", 2, 1.0), ("gaussian", 1, 2.0)):
         folder = tmp_path / f"{own}_{at}"
         make_run(folder, own=own, families=(own,), shift=shift)
-        gap = [{"index": i, "lower": -90.0, "upper": at * 0.1 - 90 + 0.01 * i} for i in range(3)]
+        gap = [{"index": i, "lower": -90.0, "upper": at * (0.1 + 0.01 * i) - 90} for i in range(3)]
         (folder / "bdmc.jsonl").write_text("".join(json.dumps(row) + "\n" for row in gap))
         run = load_run(str(folder))
         runs.append(run._replace(settings=run.settings | {"evaluate.checkpoint": f"epoch_{at}"}))
@@ -559,7 +603,11 @@ def test_curves_against_a_setting_have_a_line_for_each_kind(tmp_path):
     above, below = (drawn_lines(axes) for axes in figure.axes)
     ais = [run.lines["ais"].mean.mean for run in runs]
     assert above == {"FFG": ([1, 4], [ais[2], ais[0]]), "AF": ([2], [ais[1]])}
-    assert below["FFG"][1] == pytest.approx([0.11, 0.41])
+    assert below["FFG"][1] == pytest.approx([0.11, 0.44])
+    for axes, name in zip(figure.axes, ("ais", "certificate"), strict=True):
+        (bars,) = axes.containers[0][2]
+        errors = [runs[n].lines[name].mean.standard_error for n in (2, 0)]
+        assert [np.ptp(bar[:, 1]) / 2 for bar in bars.get_segments()] == pytest.approx(errors)
     assert figure.axes[1].get_xlabel() == "epochs"
     assert "over 3 datapoints that each model simulates" in " ".join(
         text.get_text().replace("\n", " ") for text in figure.texts
