@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import json
 import re
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-from infsub import checkpoints, imported, published, rows
+from infsub import checkpoints, evaluate, imported, published, records, rows, shards, subjects
+from infsub import config as configs
+from infsub.datapoints import map_datapoints
+from infsub.keys import Stream, stream
+from infsub.posteriors import FAMILIES
 from infsub.report.runs import decomposed
 
 RESULTS = Path(__file__).parent.parent / "configs/paper/results"
@@ -31,6 +37,27 @@ def test_the_page_is_made_of_the_committed_rows():
     figures = {path.parent for path in RESULTS.glob("*/*/figure.png")}
     assert figures <= {path.parent for path in committed}
     assert sum(path.stat().st_size for path in RESULTS.glob("*/*/figure.png")) < 5e6
+
+
+def test_a_row_of_the_page_is_what_numpy_makes_of_the_committed_rows():
+    place = ("main_table", "binarized_mnist_gaussian", "full", 0)
+    (entry,) = [e for e in ENTRIES if (e.experiment, e.cell, e.scale, e.seed) == place]
+    with gzip.open(entry.folder / "rows.jsonl.gz", "rt") as file:
+        found = [json.loads(line) for line in file]
+    elbo, local, ais = (np.array([r[n] for r in found]) for n in ("elbo", "local_gaussian", "ais"))
+    section = (RESULTS / "README.md").read_text().partition("### main_table")[2].splitlines()
+    head, row = (
+        next(line for line in section if line.startswith(start)).split(" | ")
+        for start in ("| scale `full`", "| `binarized_mnist_gaussian`")
+    )
+    shown = dict(zip(head, row, strict=True))
+    for name, gap in (
+        ("approximation gap FFG", ais - local),
+        ("amortization gap own q", local - elbo),
+        ("inference gap", ais - elbo),
+    ):
+        error = gap.std(ddof=1) / np.sqrt(gap.size)
+        assert shown[name].startswith(f"{gap.mean():.2f} ± {error:.2f} (")
 
 
 def test_the_readme_shows_the_main_table():
@@ -125,18 +152,61 @@ def test_weights_are_those_that_were_measured():
         assert {(e["step"], e["weights"]) for e in best} == {(step, digest)}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "weights", sorted(RESULTS.glob(f"runs/*/{checkpoints.WEIGHTS}")), ids=lambda p: p.parent.name
+)
+def test_published_weights_give_the_published_digits(weights, shared_dir):
+    """L[q] of them, as `configs/published.py` promises: the data, the keys and the code are the same."""
+    configs_of = {path: records.read_config(path) for path in weights.parent.glob("train-*")}
+    folder = min(path for path, each in configs_of.items() if each.evaluate.checkpoint == "best")
+    config = configs_of[folder].copy_and_resolve_references()
+    config.data.dir = str(shared_dir / "data/tfds")
+    root = jax.random.key(config.seed)
+    source = evaluate._ours(config, weights.parent, records.read_run(folder), root)
+    indices = evaluate.choose(source.points, config.evaluate)[:20]
+    settings = configs.measured(config.evaluate, 500)._replace(families=(), curve=())
+
+    def elbo(key, x, *model, settings):
+        return subjects.bounds(key, x, *model, settings=settings)["elbo"]  # XLA drops the rest
+
+    found = map_datapoints(
+        elbo,
+        stream(root, Stream.ROWS),
+        source.points.at(indices),
+        source.params,
+        source.subject,
+        static={"settings": settings},
+        indices=indices,
+    )
+    shown = {row["index"]: row["elbo"] for row in shards.read(folder, "rows")}
+    np.testing.assert_allclose(found, [shown[i] for i in indices], atol=0.01)
+
+
 def test_no_folder_of_anybodys_machine_is_published():
     for path in RESULTS.rglob("*.json"):
         assert '"/' not in path.read_text(), path
 
 
-def a_run(amortization, approximation, family="gaussian", noise=0.1, num_points=50):
-    """A run whose gaps are these on average, of datapoints that differ much more among themselves."""
+def a_run(
+    amortization,
+    approximation,
+    family="gaussian",
+    noise=0.1,
+    num_points=50,
+    log_px=-90.0,
+    others=(),
+):
+    """A run whose gaps are these on average, of datapoints that differ much more among themselves.
+
+    Of the other families the best q* are as good as its own.
+    """
     rng = np.random.default_rng(0)
-    log_px = rng.normal(-90, 20, num_points)
+    log_px = rng.normal(log_px, 20, num_points)
     local = log_px - approximation - rng.normal(0, noise, num_points)
     elbo = local - amortization - rng.normal(0, noise, num_points)
-    columns = {rows.INDEX: np.arange(num_points), "elbo": elbo, f"local_{family}": local}
+    columns = {rows.INDEX: np.arange(num_points), "elbo": elbo}
+    columns |= {f"local_{each}": local for each in (family, *others)}
     columns |= {"ais": log_px} | {f"{n}_se": np.full(num_points, 0.01) for n in ("elbo", "ais")}
     document = {"config": {"model": {"posterior": {"name": family}}}, "data": "", "missing": ""}
     return decomposed("", rows.to_json(columns), [], document)
@@ -156,8 +226,77 @@ def judged(statement, cells):
 
 
 def all_judged(statement, cells):
+    return claims.judge(claim_of(statement), cells)
+
+
+def claim_of(statement):
     (claim,) = [claim for claim in claims.CLAIMS if statement in claim.statement]
-    return claims.judge(claim, cells)
+    return claim
+
+
+def ranked(larger, smaller, between=()):
+    """{cell: 1, 0 or −1}."""
+    return dict.fromkeys(larger, 1) | dict.fromkeys(between, 0) | dict.fromkeys(smaller, -1)
+
+
+FFG, AF = (
+    [f"{data}_{q}" for data in ("binarized_mnist", "fashion_mnist", "cifar10")]
+    for q in ("gaussian", "auxiliary")
+)
+PLAIN = ["gaussian_none", "auxiliary_none"]
+ANNEALED = ["gaussian_entropy", "auxiliary_entropy"]
+FLOWS = [f"linear_{q}" for q in ("auxiliary", "rnvp", "planar", "sylvester")]
+AFTER = [f"after_{share}_validation" for share in ("1_8", "1_4", "1_2", "1")]
+# Of each claim which gap it is about, and where it holds the cells in which that is large, or small.
+HELD = {
+    "Amortization often costs more": ("amortization", ranked(FFG + AF, [])),
+    "where that is FFG": ("approximation", ranked(AF, FFG)),
+    "where that is AF": ("approximation", ranked(FFG, AF)),
+    "A flow's parameters help": ("amortization", ranked(["linear_gaussian"], FLOWS)),
+    "A larger encoder": (
+        "amortization",
+        ranked(
+            ["encoder_200_200", "auxiliary_200_200", "conv"],
+            ["encoder_500_500", "auxiliary_500_500", "conv_wide"],
+        ),
+    ),
+    "leaves larger amortization gaps": ("amortization", ranked(PLAIN, ANNEALED)),
+    "larger amortization gaps at test points": (
+        "amortization",
+        ranked([f"{cell}_test" for cell in PLAIN], [f"{cell}_test" for cell in ANNEALED]),
+    ),
+    "leaves larger approximation gaps": ("approximation", ranked(PLAIN, ANNEALED)),
+    "A deeper decoder": (
+        "approximation",
+        ranked(["decoder_linear"], ["decoder_4x200"], between=["decoder_2x200"]),
+    ),
+    "is larger on test points": (
+        "amortization",
+        ranked(["gaussian_test", "auxiliary_test"], ["gaussian_train", "auxiliary_train"]),
+    ),
+    "overfits": ("amortization", ranked(AFTER[3:], AFTER[:1], between=AFTER[1:3])),
+}
+
+
+def test_no_claim_is_left_out():
+    assert [claim_of(words) for words in HELD] == list(claims.CLAIMS)
+
+
+@pytest.mark.parametrize(("sign", "verdict"), [(1, "confirmed"), (-1, "not confirmed")])
+@pytest.mark.parametrize("words", HELD)
+def test_a_claim_is_confirmed_where_it_holds_and_not_where_its_opposite_does(words, sign, verdict):
+    gap, ranks = HELD[words]
+    runs = {}
+    for cell, rank in ranks.items():
+        family = next((name for name in FAMILIES if name in cell), "gaussian")
+        means = {"amortization": 3.0, "approximation": 3.0} | {gap: 3.0 + sign * rank}
+        # A generator that gets better while its amortization gap grows, as of what overfits.
+        log_px = -90.0 + sign * rank
+        runs[cell] = [
+            a_run(**means, family=family, log_px=log_px, others=("gaussian", "auxiliary"))
+        ]
+    said, _ = judged(words, cells_of(claim_of(words).experiment, runs))
+    assert said == f"{verdict} at scale `small`"
 
 
 @pytest.mark.parametrize(
