@@ -359,7 +359,7 @@ def resolve(config: Config) -> Config:
     return config.lock()
 
 
-def measured(evaluate: Config, chunk_size: int) -> Settings:
+def measured(evaluate: Config) -> Settings:
     """What config.evaluate says of the measuring, not of which points; equal ones compile once."""
     options = evaluate.ais.to_dict()
     ais_start = options.pop("start")
@@ -367,7 +367,6 @@ def measured(evaluate: Config, chunk_size: int) -> Settings:
         elbo_samples=evaluate.elbo_samples,
         iwae_samples=evaluate.iwae_samples,
         iwae_start=evaluate.iwae_start,
-        chunk_size=chunk_size,
         ais=AIS(**options),
         ais_start=ais_start,
         **evaluate.local.to_dict(),
@@ -378,7 +377,6 @@ def measured(evaluate: Config, chunk_size: int) -> Settings:
 def of_settings(settings: Settings) -> dict[str, Any]:
     """The inverse of `measured`: the fields of config.evaluate that settings stand for."""
     fields = settings._asdict()
-    del fields["chunk_size"]  # of the device, not of the numbers
     local = {name: fields.pop(name) for name in ("families", "preset", "max_steps", "curve")}
     ais = fields.pop("ais")._asdict() | {"start": fields.pop("ais_start")}
     return fields | {"local": local, "ais": ais}

@@ -97,15 +97,26 @@ def _evaluate(
         began = records.continued(began, _clock(folder, shard))
     num_points, num_chains = max(1, len(shard.of(indices))), settings.ais.num_chains
     block_size, chunk_size = subjects.sizes(num_points, num_chains, settings.block_size)
-    static = {"settings": configs.measured(settings, chunk_size)}
+    static = {"settings": configs.measured(settings)}
 
-    def mapped(function: Any, key: Key, xs: Any, indices: np.ndarray) -> dict[str, Any]:
-        options = {"static": static, "block_size": block_size, "indices": indices, "warn": False}
-        return map_datapoints(function, key, xs, source.params, source.subject, **options)
+    def mapped(
+        function: Any, key: Key, xs: Any, indices: np.ndarray, **sizes: int
+    ) -> dict[str, Any]:
+        return map_datapoints(
+            function,
+            key,
+            xs,
+            source.params,
+            source.subject,
+            static=static | sizes,
+            block_size=block_size,
+            indices=indices,
+            warn=False,
+        )
 
     def evaluated(block: np.ndarray) -> dict[str, Any]:
         labels = [None] * len(block) if points.labels is None else points.labels[block]
-        columns = mapped(subjects.bounds, key_rows, points.at(block), block)
+        columns = mapped(subjects.row, key_rows, points.at(block), block, chunk_size=chunk_size)
         now = files.read_json(folder / "evaluation.json") or {}
         # Another shard may have claimed it while there were no rows.
         if differing := configs.differences(claimed, now):
@@ -139,7 +150,7 @@ def _evaluate(
         pictures = points.shown(indices).get("images")
         arrays |= {} if pictures is None else {"images": pictures[place] / 255}
         arrays |= {} if points.labels is None else {"labels": points.labels[first]}
-        arrays |= mapped(subjects.densities, key_rows, points.at(first), first)
+        arrays |= mapped(subjects.pictures, key_rows, points.at(first), first)
         files.write_npz(folder / records.POSTERIORS, arrays)
     return bad
 

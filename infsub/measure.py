@@ -48,7 +48,6 @@ class Settings(NamedTuple):
     Attributes:
       elbo_samples, iwae_samples: K of L[q] and of IWAE.
       iwae_start: what IWAE samples: "posterior", q(z|x), or "laplace".
-      chunk_size: IWAE samples at a time.
       ais: of every run of it, the certificate's too.
       ais_start: what AIS anneals from: "posterior", q(z|x) or the Gaussian of its moments; "laplace",
         mode and curvature, found from there; "local", the q* of the first family; "prior".
@@ -61,7 +60,6 @@ class Settings(NamedTuple):
     elbo_samples: int = 1000
     iwae_samples: int = 5000
     iwae_start: str = "posterior"
-    chunk_size: int = 500
     ais: AIS = AIS()
     ais_start: str = "laplace"
     families: tuple[str, ...] = ("gaussian",)
@@ -99,8 +97,12 @@ class _Fit(NamedTuple):
     key: Key
 
 
-def bounds_of_datapoint(key: Key, point: Datapoint, settings: Settings) -> dict[str, Array]:
+def bounds_of_datapoint(
+    key: Key, point: Datapoint, settings: Settings, chunk_size: int = 500
+) -> dict[str, Array]:
     """The row of one datapoint: every bound in nats with its error and diagnostics, all [].
+
+    chunk_size: IWAE samples at a time; it changes no draw.
 
     Raises:
       ValueError: a start that there is not; or as the estimators.
@@ -122,7 +124,7 @@ def bounds_of_datapoint(key: Key, point: Datapoint, settings: Settings) -> dict[
         point.target,
         sampled,
         settings.iwae_samples,
-        chunk_size=settings.chunk_size,
+        chunk_size=chunk_size,
     )
     row |= rows.build(rows.IWAE.name, weighted)
     start = _ais_start(point, fits, curvature, settings)

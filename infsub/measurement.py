@@ -218,7 +218,7 @@ def measure(
     params: Params,
     xs: Any,
     *,
-    families: Sequence[str] = ("gaussian",),
+    families: Sequence[str] | None = None,
     num_certified: int = 0,
     block_size: int | None = None,
     progress: bool = True,
@@ -242,12 +242,13 @@ def measure(
       model: a Model, functions of ONE datapoint; z is flat [D].
       params: of the model's functions.
       xs: a pytree of arrays [N, …], covariates included.
-      families: of local inference, names in `posteriors.FAMILIES`; (): none, and no split of the gap.
+      families: of local inference, names in `posteriors.FAMILIES`, or one of them; (): none, and no
+        split of the gap. None: those of the settings.
       num_certified: datapoints that the model simulates to certify AIS on from both sides; it needs
         sample_x, and sample_prior where there is a log_prior.
       block_size: datapoints at a time, at most; None: as the device likes.
       progress: draw a bar on stderr.
-      settings: numbers of samples, temperatures and so on; all but its families.
+      settings: numbers of samples, temperatures and so on.
       own: name of the encoder's family where encode gives a sampler; a Gaussian says it itself.
       indices: [N], what the datapoints are called in tables, and what keys them; None is 0 … N−1.
       labels: [N], classes, for the page.
@@ -275,8 +276,10 @@ def measure(
       0.2 nats
     """
     compilations.keep()
+    settings = settings or Settings()
+    families = settings.families if families is None else families
     families = (families,) if isinstance(families, str) else tuple(families)
-    settings = (settings or Settings())._replace(families=families)
+    settings = settings._replace(families=families)
     subject = subjects.of_model(model)
     if num_certified and subject.simulate is None:
         raise ValueError(
@@ -294,16 +297,17 @@ def measure(
     own = own or subjects.family_of(model, params, jax.tree.map(lambda leaf: leaf[0], xs))
     num_chains = settings.ais.num_chains
     block_size, chunk_size = subjects.sizes(num_points, num_chains, block_size or 0)
-    settings = settings._replace(chunk_size=chunk_size)
 
-    def mapped(function: Any, label: str, number: Stream, xs: Any, indices: Any) -> list[Any]:
+    def mapped(
+        function: Any, label: str, number: Stream, xs: Any, indices: Any, **sizes: int
+    ) -> list[Any]:
         columns = map_datapoints(
             function,
             stream(key, number),
             xs,
             params,
             subject,
-            static={"settings": settings},
+            static={"settings": settings, **sizes},
             block_size=block_size,
             indices=indices,
             progress=label if progress else None,
@@ -311,7 +315,7 @@ def measure(
         )
         return rows.to_json({rows.INDEX: indices} | columns)
 
-    measured = mapped(subjects.bounds, "measuring", Stream.ROWS, xs, indices)
+    measured = mapped(subjects.row, "measuring", Stream.ROWS, xs, indices, chunk_size=chunk_size)
     for row, label in zip(measured, labels or [None] * num_points, strict=True):
         row |= {} if label is None else {rows.LABEL: label}
     certified = []

@@ -85,11 +85,12 @@ class OnData(NamedTuple):
 
 def pair(key: Key, row: tuple[Any, Any], model: Model, params: Params) -> Pair:
     """A simulated pair; row is (index, x), the x that covariates are taken from, or None."""
+    _, x_given = row
     key_z, key_x, key_probe, key_q = jax.random.split(key, 4)
-    z = draw_prior(key_z, model, params, row[1])
+    z = draw_prior(key_z, model, params, x_given)
 
     def replicate(key: Key) -> Any:
-        return model.sample_x(key, params, z, row[1])  # pyright: ignore[reportOptionalCall]
+        return model.sample_x(key, params, z, x_given)  # pyright: ignore[reportOptionalCall]
 
     def likelihood(x: Any) -> LogDensity:
         target = model.target(params, x)

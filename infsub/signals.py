@@ -83,11 +83,11 @@ def at_end(action: Callable[[], None]) -> Callable[[], None]:
     """Calls `action` before a signal ends the process; what is returned takes that back."""
     _actions.append(action)
 
-    def take_back() -> None:
+    def forget() -> None:
         with contextlib.suppress(ValueError):
             _actions.remove(action)
 
-    return take_back
+    return forget
 
 
 def _stop(number: int) -> None:

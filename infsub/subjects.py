@@ -116,14 +116,21 @@ def simulate(key: Key, vae: VAE, variables: Variables, num_points: int) -> data.
     return data.Split(images, None, num_points)
 
 
-def bounds(
-    key: Key, x: Any, params: Params, subject: Subject, *, settings: Settings
+def row(
+    key: Key,
+    x: Any,
+    params: Params,
+    subject: Subject,
+    *,
+    settings: Settings,
+    chunk_size: int = 500,
 ) -> dict[str, Array]:
     """The row of bounds of the subject at x: `measure.bounds_of_datapoint`."""
-    return bounds_of_datapoint(key, subject.describe(named(key, "moments"), params, x), settings)
+    point = subject.describe(named(key, "moments"), params, x)
+    return bounds_of_datapoint(key, point, settings, chunk_size)
 
 
-def densities(
+def pictures(
     key: Key, x: Any, params: Params, subject: Subject, *, settings: Settings
 ) -> dict[str, Array]:
     """Of the q and q* of that row, where z is a plane: `measure.densities_of_datapoint`."""

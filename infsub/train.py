@@ -27,9 +27,9 @@ from infsub.train_step import (
     METRICS,
     Task,
     TrainState,
+    addressable,
     init_states,
     initial,
-    local,
     make_task,
     pictures,
     replicated,
@@ -359,7 +359,7 @@ def _loop(job: Job, inputs: Inputs, state: State) -> tuple[int, int]:
       The last step, and the signal's number, or 0.
     """
     train, per_epoch = job.config.train, job.task.steps_per_epoch
-    models, state = state.models, state._replace(models=local(state.models))
+    models, state = state.models, state._replace(models=addressable(state.models))
     bar = files.Progress(job.total, "train", done=state.step)
     chunk, saved = 8, time.monotonic()
     clock = job.workdir / "progress.json"
@@ -374,7 +374,7 @@ def _loop(job: Job, inputs: Inputs, state: State) -> tuple[int, int]:
                 break
             start = time.monotonic()
             models, rows = train_chunk(job.task, inputs.keys, models, inputs.images, begin, end)
-            state, rows = state._replace(step=end, models=local(models)), jax.device_get(rows)
+            state, rows = state._replace(step=end, models=addressable(models)), jax.device_get(rows)
             seconds = time.monotonic() - start
             speed = (end - begin) * train.batch_size / seconds
             if seconds > SECONDS:

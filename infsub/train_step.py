@@ -129,7 +129,7 @@ def replicated(task: Task, tree: Any) -> Any:
     return jax.tree.map(of_all, tree)
 
 
-def local(tree: Any) -> Any:
+def addressable(tree: Any) -> Any:
     """Replicated arrays of several processes as those of this one; others are what they are."""
 
     def of_one(leaf: Any) -> Any:

@@ -298,9 +298,9 @@ def test_the_curve_of_the_own_family_starts_at_the_amortised_q():
     noise = 0.1 * jax.random.normal(jax.random.key(1), flat.shape)
     variables |= {"encoder": unravel(flat + noise)}
     xs = data.batch(data.load("mnist5k").train.images, jnp.arange(4))
-    static = {"settings": configs.measured(config.evaluate, 50)}
+    static = {"settings": configs.measured(config.evaluate)}
     subject = subjects.of_vae(vae, "rnvp")
-    row = map_datapoints(subjects.bounds, jax.random.key(2), xs, variables, subject, static=static)
+    row = map_datapoints(subjects.row, jax.random.key(2), xs, variables, subject, static=static)
     errors = np.hypot(row["after_0_rnvp_se"], row["elbo_se"])
     assert np.all(np.abs(row["after_0_rnvp"] - row["elbo"]) < 4 * errors)
     np.testing.assert_array_equal(row["after_0_rnvp"], row["after_0_rnvp_encoded"])
@@ -322,13 +322,13 @@ def test_ais_starts_elsewhere_where_the_encoder_is_lost():
     gaps = {}
     for start in ("posterior", "laplace", "local"):
         config.evaluate.ais.start = start
-        static = {"settings": configs.measured(config.evaluate, 50)}
+        static = {"settings": configs.measured(config.evaluate)}
         subject = subjects.of_vae(vae, "gaussian")
         certified = map_datapoints(
             subjects.certificate, key, np.arange(32), variables, subject, static=static
         )
         gaps[start] = certified["gap"]
-    row = map_datapoints(subjects.bounds, key, xs, variables, subject, static=static)
+    row = map_datapoints(subjects.row, key, xs, variables, subject, static=static)
     gained = [gaps["posterior"] - gaps[start] for start in ("laplace", "local")]
     # From q(z|x) the row's AIS would end nats below L[q*] too.
     gained.append(row["ais"] - row["local_gaussian"] + 1)

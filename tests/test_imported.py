@@ -49,7 +49,7 @@ def workdir(tmp_path_factory):
 def test_it_is_measured_as_by_the_library(workdir):
     """The same rows and certificate, from the same seed, by `infsub.measure`."""
     model, params, xs, labels = own_model.build()
-    settings = configs.measured(small().evaluate, 80)
+    settings = configs.measured(small().evaluate)
     want = infsub.measure(
         jax.random.key(0),
         model,

@@ -160,7 +160,7 @@ def test_pixels_are_not_drawn_with_the_noise_of_z():
 @pytest.mark.parametrize("start", ["posterior", "local", "prior"])
 @pytest.mark.parametrize(
     "function",
-    [subjects.bounds, subjects.certificate, subjects.densities],
+    [subjects.row, subjects.certificate, subjects.pictures],
     ids=lambda function: function.__name__,
 )
 def test_no_row_draws_twice_from_a_key(function, start):

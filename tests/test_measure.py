@@ -66,7 +66,7 @@ def columns(xs):
 
 def test_the_defaults_are_those_of_the_config():
     evaluate = configs.default().evaluate
-    assert configs.measured(evaluate, 500) == Settings()
+    assert configs.measured(evaluate) == Settings()
     told = dict(configs.flatten(configs.of_settings(Settings())))
     assert told == {n: v for n, v in configs.flatten(evaluate) if n in told}
     assert len(told) == 14

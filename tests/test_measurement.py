@@ -281,5 +281,7 @@ def test_mistakes_are_told_in_a_sentence(xs):
         measure(images=np.zeros((13, 8, 8)))
     with pytest.raises(ValueError, match="12 different integers"):
         measure(indices=np.zeros(12, int))
-    with pytest.raises(ValueError, match="unknown posterior 'gauss'"):
-        measure(families=["gauss"])
+    unknown = ("gauss",)
+    for named in ({"families": "gauss"}, {"settings": SETTINGS._replace(families=unknown)}):
+        with pytest.raises(ValueError, match="unknown posterior 'gauss'"):
+            measure(**named)
