@@ -145,12 +145,13 @@ def read(path: Path, template: Any, identity: str) -> Any:
     Leaves that the checkpoint has and the template has not are left out.
 
     Raises:
-      Damaged: as `read_arrays`.
+      Damaged: as `read_arrays`, or it does not say of which run it is.
       UserError: the arrays are whole, and of another run or do not fit the template.
     """
     arrays, wanted = read_arrays(path), _flatten(template)
-    found = bytes(arrays.pop(_IDENTITY, np.zeros(0, np.uint8))).decode(errors="replace")
-    if found not in ("", identity):  # before this was written down, there is nothing to compare
+    if _IDENTITY not in arrays:
+        raise Damaged(f"checkpoint {path} is damaged: it does not say whose it is")
+    if (found := bytes(arrays.pop(_IDENTITY)).decode(errors="replace")) != identity:
         raise UserError(
             f"{path} is a checkpoint of run {found}, and its folder is of run {identity}: remove it, "
             "or give the workdir that it is from."

@@ -359,8 +359,7 @@ def _claim(
     before = files.read_json(folder / "evaluation.json")
     if before is not None:
         before = {name: value for name, value in before.items() if name not in _TOLD}
-        added = {name: facts[name] for name in (_WEIGHTS, records.DATA) if name in facts}
-        before = _used(configs.default().evaluate) | added | before  # with what was added since
+        before = _used(configs.default().evaluate) | before  # with what was added since
     if before is not None and before != used and shards.read(folder, "rows"):
         raise UserError(
             f"{' and '.join(map(str, shards.paths(folder, 'rows')))} was made with other settings: "

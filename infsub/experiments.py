@@ -41,8 +41,8 @@ _FROZEN = {
         "train.annealing_epochs": 40,
     }
 }
-# `paper`: the authors' settings. `full`: their training, our measuring, certified. `small`: half an
-# hour on two cores. `smoke`: minutes, no meaning.
+# The one to be believed most comes first. `full`: the authors' training, our measuring, certified.
+# `paper`: all the authors' settings. `small`: half an hour on two cores. `smoke`: minutes, no meaning.
 SCALES: dict[str, dict[str, Any]] = {
     "full": _TRAINED | {"evaluate.per_class": 100, "evaluate.bdmc.num_points": 200},
     "paper": _TRAINED
@@ -350,11 +350,14 @@ def status(workdir: Path) -> str:
     return "\n".join(lines)
 
 
+_CELL = ("state", "run", "evaluation", "scale")  # in cells.json, all texts
+
+
 def read_cells(path: Path) -> dict[str, dict[str, str]]:
     """What cells.json says of each cell, {} where there is none; its folders stay in the workdir."""
     cells = files.read_json(path) or {}
     for name, cell in cells.items():
-        wrong = files.wrong_fields(cell, {"state": str, "run": str, "evaluation": str})
+        wrong = files.wrong_fields(cell, dict.fromkeys(_CELL, str))
         if not wrong:
             folder = Path(cell["run"], cell["evaluation"])
             outside = folder.is_absolute() or ".." in folder.parts

@@ -11,8 +11,8 @@ the best weights. The folder mirrors the workdir, so that all that reads one rea
 
 Of an ENTRY the first two name folders, in OUT/runs; hours are None where they are not known. Packing again
 adds to what is there: other seeds, which are experiments of --config.seed=1 in a workdir of their own,
-beside the first; a larger scale beside a smaller one, which is removed with its runs once every cell of
-the experiment that it has is there at a larger one.
+beside the first, and other scales. One of which every cell is there at a scale to be believed more
+is left out, with its runs.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from infsub import checkpoints, experiments, files, imported, records, shards
+from infsub import checkpoints, experiments, files, records, shards
 from infsub import config as configs
 from infsub.types import UserError
 
 FOLDER = Path("configs/paper/results")
-SCALES = tuple(experiments.SCALES)  # the largest first
+SCALES = tuple(experiments.SCALES)  # the one to be believed most first
 MAX_WEIGHTS = 12e6  # bytes of all weights together
 ENTRY: dict[str, type] = {
     "run": str,
@@ -154,6 +154,8 @@ def claim(config: configs.Config, workdir: Path) -> None:
 def pack(workdir: Path, out: Path, weights: Sequence[str] = ()) -> list[str]:
     """Publishes the cells of a workdir that are done; the names of the runs that they are of.
 
+    Says which scales are left out, for all of the experiment is there at one to be believed more.
+
     Args:
       workdir: of experiments; or of one model of one's own, whose rows are then OUT's.
       out: the folder of what is published; what is in it of other runs stays.
@@ -161,14 +163,14 @@ def pack(workdir: Path, out: Path, weights: Sequence[str] = ()) -> list[str]:
 
     Raises:
       UserError: OUT has runs that are not published, nothing is done, no such run, weights that are too large
-        together, cells.json of an older infsub, or files that are not a run's. Nothing is written then.
+        together, or files that are not a run's. Nothing is written then.
     """
     # What is not published would be removed from it.
     if any(out.glob("*/cells.json")) or ((out / "runs").exists() and not read(out)):
         raise UserError(
             f"--out={out} holds runs that are not published: give another folder to publish in."
         )
-    contents, tables = {}, {}
+    contents, tables, left_out = {}, {}, []
     if (workdir / "config.json").exists():
         contents = _evaluation(workdir, out)
     for path in sorted(workdir.glob("*/cells.json")):
@@ -177,14 +179,14 @@ def pack(workdir: Path, out: Path, weights: Sequence[str] = ()) -> list[str]:
             source = workdir / cell["run"] / cell["evaluation"]
             if not (source / "done.json").exists():
                 continue
-            if not isinstance(cell.get("scale"), str):
-                raise UserError(f"{path} does not say its scale: give --mode=report once more.")
             run, (seed, facts) = Path(cell["run"]).name, _facts(source.parent, source)
             contents |= _evaluation(source, out / "runs" / run / source.name)
             contents |= _run(source.parent, out / "runs" / run)
             entry = {"run": run, "evaluation": source.name} | facts
             table.setdefault(name, {}).setdefault(cell["scale"], {})[str(seed)] = entry
-        tables[out / path.parent.name / "published.json"] = _json(_without_smaller(table))
+        table, scales = _believed(table)
+        left_out += [f"{path.parent.name} at scale {scale}" for scale in scales]
+        tables[out / path.parent.name / "published.json"] = _json(table)
     if not contents:
         raise UserError(f"--workdir={workdir} holds nothing that is measured to its end.")
     runs = sorted({path.parent.name for path in contents if path.name == "summary.json"})
@@ -210,23 +212,27 @@ def pack(workdir: Path, out: Path, weights: Sequence[str] = ()) -> list[str]:
     for path in out.glob("runs/*"):
         if not any(path.glob("*/evaluation.json")):
             shutil.rmtree(path)
+    for what in left_out:
+        files.say(f"{what} is left out: every cell is there at a scale to be believed more.")
     return runs
 
 
-def _without_smaller(table: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """A published.json without the scales of which every cell is there at a larger one.
+def _believed(table: dict[str, dict[str, Any]]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """A published.json without the scales of which every cell is there at one to be believed more; these.
 
     Not cell by cell: what an experiment compares it compares at one scale.
     """
-    needed, larger = set(), set()
+    left_out, believed = [], set()
     for scale in SCALES:
         having = {name for name, scales in table.items() if scale in scales}
-        needed |= {scale} if having - larger else set()
-        larger |= having
-    return {
-        name: {scale: seeds for scale, seeds in scales.items() if scale in needed}
+        if having and having <= believed:
+            left_out.append(scale)
+        believed |= having
+    kept = {
+        name: {scale: seeds for scale, seeds in scales.items() if scale not in left_out}
         for name, scales in table.items()
     }
+    return kept, left_out
 
 
 def _weights(source: Path) -> dict[str, np.ndarray]:
@@ -246,7 +252,7 @@ def _facts(run: Path, evaluation: Path) -> tuple[int, dict[str, Any]]:
         "points": len(shards.read(evaluation, "rows")),
         "epochs": settings["train"]["num_epochs"],
         "date": time.strftime("%Y-%m-%d", time.gmtime(when)) if when else "",
-        "machine": document.get("machine") or records.machine(),
+        "machine": document.get("machine", ""),
         "revision": document.get("git_revision", ""),
         "hours": round(spent.seconds / 3600, 4) if spent else None,
     }
@@ -265,11 +271,6 @@ def _evaluation(source: Path, target: Path) -> dict[Path, bytes]:
         raise UserError(f"{source} is not evaluated to its end ({lacking}).")
     document = records.read_run(source)
     evaluation: dict[str, Any] = files.read_json(source / "evaluation.json") or {}
-    if "step" in evaluation and "weights" not in evaluation:  # of an older infsub
-        which = document["config"]["evaluate"]["checkpoint"]
-        variables, step = checkpoints.load_variables(source.parent, which)
-        same = step == evaluation.get("step")
-        evaluation |= {"weights": imported.digest(variables)} if same else {}
     contents = {
         target / "config.json": _json(_without_paths(document)),
         target / "evaluation.json": _json(_without_folder(evaluation, "indices_file")),

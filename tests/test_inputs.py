@@ -25,6 +25,7 @@ from infsub.train import train
 pytestmark = pytest.mark.usefixtures("small_pictures")
 
 POINTS = 4
+CELL = {"state": "done", "run": "runs/a", "evaluation": "train-b", "scale": "small"}
 PICTURES = {"table", "gaps", "posteriors", "datapoints"}  # of a report that fails late
 
 
@@ -57,8 +58,7 @@ def whole(tmp_path_factory):
     assert run(workdir, "evaluate")[0] == 0
     assert [path.read_bytes() for path in written] == before  # nothing was left to compute
     (workdir / "seen").mkdir()
-    cell = {"state": "done", "run": "runs/a", "evaluation": "train-b"}
-    (workdir / "seen/cells.json").write_text(json.dumps({"a": cell}))
+    (workdir / "seen/cells.json").write_text(json.dumps({"a": CELL}))
     return workdir
 
 
@@ -473,15 +473,20 @@ INPUTS = {
         "status",
         r"cells\.json is not as infsub writes it \(a: it is no JSON object\): remove it",
     ),
-    "cells.json that leaves": (
-        text("seen/cells.json", '{"a": {"state": "", "run": "../..", "evaluation": "a"}}'),
+    "cells.json, no scale": (
+        text("seen/cells.json", json.dumps({"a": CELL | {"scale": None}})),
         "status",
-        r"its folder \.\./\.\./a is not in the workdir",
+        r"cells\.json is not as .* \(a: scale must be a text, and is null\): remove it",
+    ),
+    "cells.json that leaves": (
+        text("seen/cells.json", json.dumps({"a": CELL | {"run": "../.."}})),
+        "status",
+        r"its folder \.\./\.\./train-b is not in the workdir",
     ),
     "cells.json, absolute": (
-        text("seen/cells.json", '{"a": {"state": "", "run": "/etc", "evaluation": "a"}}'),
+        text("seen/cells.json", json.dumps({"a": CELL | {"run": "/etc"}})),
         "status",
-        "its folder /etc/a is not in the workdir",
+        "its folder /etc/train-b is not in the workdir",
     ),
 }
 
@@ -523,7 +528,7 @@ def test_cells_and_experiments_cannot_leave_the_workdir(tmp_path, name):
         experiments.experiment(name, "?", {"a": {}}),
         experiments.experiment("e", "?", {name: {}}),
     ):
-        with pytest.raises(experiments.UserError, match="must be the name of a folder"):
+        with pytest.raises(experiments.UserError, match="must be a folder's name"):
             experiments.expand(named, tmp_path)
 
 

@@ -125,7 +125,7 @@ def test_packed_again_it_is_the_same_to_the_byte(workdir, out):
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
-def test_seeds_are_added_and_a_larger_scale_replaces_a_smaller_one(workdir, out, tmp_path):
+def test_seeds_are_added_and_a_larger_scale_replaces_a_smaller_one(workdir, out, tmp_path, capsys):
     """Once all of the experiment is there at the larger one, for scales are not compared."""
     here, there = tmp_path / "paper", shutil.copytree(out, tmp_path / "results")
     shutil.copytree(workdir, here)
@@ -143,8 +143,10 @@ def test_seeds_are_added_and_a_larger_scale_replaces_a_smaller_one(workdir, out,
     smaller = {(cell, "smoke", seed) for cell in CELLS for seed in (0, 3)}
     found = {(p.cell, p.scale, p.seed) for p in published.read(there)}
     assert found == smaller | {("a", "small", 3)}
+    assert "left out" not in capsys.readouterr().err
     cells.write_text(json.dumps(larger))
     published.pack(here, there)
+    assert "infsub: e at scale smoke is left out: every cell is there" in capsys.readouterr().err
     found = {(p.cell, p.scale, p.seed) for p in published.read(there)}
     assert found == {(cell, "small", 3) for cell in CELLS}
 
@@ -205,6 +207,11 @@ def test_other_weights_are_not_mixed_with_these_rows(workdir, out, tmp_path):
     files.write_npz(path, checkpoints.weights(variables, step, identity))
     with pytest.raises(UserError, match=r"weights was '.*' and is '"):
         main.run("evaluate", config, tmp_path / "again")
+    told = files.read_json(tmp_path / "again/evaluation.json") or {}
+    del told["weights"]
+    files.write_json(tmp_path / "again/evaluation.json", told)
+    with pytest.raises(UserError, match="weights was 'nothing' and is"):
+        main.run("evaluate", config, tmp_path / "again")
 
 
 def test_a_copy_is_a_workdir_in_which_all_is_done(workdir, out, tmp_path):
@@ -245,6 +252,12 @@ def test_mistakes_are_told_in_a_sentence(workdir, out, tmp_path):
     config.init_from = str(damaged)
     with pytest.raises(UserError, match=r"cannot be read .*; take the published file again"):
         main.run("evaluate", config, test)
+    arrays = checkpoints.read_arrays(out / "runs" / name / checkpoints.WEIGHTS)
+    del arrays["identity"]
+    checksum = np.frombuffer(files.checksum(arrays), np.uint8)
+    files.write_npz(damaged / checkpoints.WEIGHTS, arrays | {"sha256": checksum})
+    with pytest.raises(UserError, match="does not say whose it is; take the published file again"):
+        main.run("evaluate", config, test)
     assert not test.exists()
 
 
@@ -258,12 +271,6 @@ def test_what_cannot_be_published_is_not(workdir, out, tmp_path, monkeypatch, ca
     monkeypatch.setattr(published, "MAX_WEIGHTS", 100)
     assert published.main([*arguments, f"--weights={name}"]) == 2
     assert "MB, and may be 0.0001: name fewer runs" in capsys.readouterr().err
-    copy = shutil.copytree(workdir, tmp_path / "paper")
-    cells = json.loads((copy / "e/cells.json").read_text())
-    del cells["a"]["scale"]
-    (copy / "e/cells.json").write_text(json.dumps(cells))
-    assert published.main([f"--workdir={copy}", f"--out={tmp_path / 'out'}"]) == 2
-    assert "does not say its scale: give --mode=report once more" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -138,7 +138,7 @@ class Cell(NamedTuple):
 
 @functools.cache
 def load(folder: Path = HERE) -> dict[str, claims.Scales]:
-    """{experiment: {scale: {cell: Cell}}} of what is published, in their order, the largest scale first."""
+    """{experiment: {scale: {cell: Cell}}} of what is published, in their order, scales as SCALES."""
     found: dict[tuple[str, str, str], dict[int, published.Published]] = {}
     for entry in published.read(folder):
         seeds = found.setdefault((entry.experiment, entry.scale, entry.cell), {})
