@@ -48,8 +48,8 @@ if signals.is_command():  # the library leaves signals alone; the command hears 
     signals.watch()
 
 from infsub import data, densities, gaps, grids, posteriors
-from infsub.ais import ais, ais_with_info
-from infsub.bdmc import bdmc, reverse_ais
+from infsub.ais import AISInfo, ais, ais_with_info
+from infsub.bdmc import BDMC, bdmc, reverse_ais
 from infsub.bounds import elbo, iwae
 from infsub.check import Check, check
 from infsub.datapoints import map_datapoints
@@ -58,12 +58,14 @@ from infsub.latents import FlatLatent, flat_latent
 from infsub.local import LocalResult, local_curve, optimize_local
 from infsub.measure import AIS, Settings
 from infsub.measurement import Comparison, Measurement, compare, load, measure
-from infsub.types import Estimate, Gaussian, Model, Posterior, Target
+from infsub.types import Estimate, Gaussian, Model, Posterior, Target, UserError
 
-# The functions `ais`, `bdmc`, `check`, `laplace`, `measure` are named like the modules they live in: they are
-# bound here, after those modules are loaded, so `infsub.ais(…)` is always the function.
+# The functions `ais`, `bdmc`, `check`, `laplace` are named like the modules they live in, and `measure` like
+# another one: they are bound here, after those modules are loaded, so `infsub.ais(…)` is always the function.
 __all__ = [
     "AIS",
+    "BDMC",
+    "AISInfo",
     "Check",
     "Comparison",
     "Estimate",
@@ -76,6 +78,7 @@ __all__ = [
     "Posterior",
     "Settings",
     "Target",
+    "UserError",
     "ais",
     "ais_with_info",
     "bdmc",

@@ -41,7 +41,7 @@ _FIRST_STEP_SIZE = 0.3  # whitened, so O(1) in every model
     meta_fields=["num_chains", "num_leapfrog", "adaptation", "adaptive_schedule"],
 )
 @dataclass(frozen=True)
-class Settings:
+class Plan:
     """How a run is made, all arguments of `ais` but key, target and q; what is no array is static.
 
     Attributes:
@@ -268,59 +268,55 @@ def pilot_size(num_chains: int, num_temperatures: int) -> tuple[int, int]:
     return min(max(chains, 2), _PILOT_CHAINS), temperatures
 
 
-def _pilot(key: Key, annealing: Annealing, settings: Settings) -> Annealing:
+def _pilot(key: Key, annealing: Annealing, plan: Plan) -> Annealing:
     """Freezes the step sizes, and the adaptive schedule, by a coarse run of a few chains."""
     betas, dtype = annealing.betas, annealing.betas.dtype
     num_temperatures = betas.size - 1
-    num_chains, num_coarse = pilot_size(settings.num_chains, num_temperatures)
+    num_chains, num_coarse = pilot_size(plan.num_chains, num_temperatures)
     key_start, key_run = jax.random.split(key)
     u = jnp.linspace(0, num_temperatures, num_coarse + 1, dtype=dtype)
     coarse = annealing._replace(betas=jnp.interp(u, jnp.arange(betas.size, dtype=dtype), betas))
     z = start_chains(key_start, annealing.base, num_chains)
     tuner = _pooled(num_coarse, dtype)
-    _, info, deviations = anneal(key_run, coarse, z, tuner, settings.num_leapfrog)
-    if settings.adaptive_schedule:
+    _, info, deviations = anneal(key_run, coarse, z, tuner, plan.num_leapfrog)
+    if plan.adaptive_schedule:
         betas = equal_distances(coarse.betas, deviations, num_temperatures)
     log_steps = jnp.interp(betas[1:], coarse.betas[1:], smooth(jnp.log(info.step_sizes)))
     return annealing._replace(betas=betas, step_sizes=jnp.exp(log_steps))
 
 
-def prepare(key: Key, target: Target, q: Gaussian | None, settings: Settings) -> Annealing:
+def prepare(key: Key, target: Target, q: Gaussian | None, plan: Plan) -> Annealing:
     """Freezes what the measuring run needs."""
     path, base, frame = geometric_path(target, q)
-    betas = settings.betas.astype(base.mean.dtype)
-    step_sizes = jnp.broadcast_to(settings.step_size.astype(betas.dtype), (betas.size - 1,))
+    betas = plan.betas.astype(base.mean.dtype)
+    step_sizes = jnp.broadcast_to(plan.step_size.astype(betas.dtype), (betas.size - 1,))
     annealing = Annealing(path, base, frame, betas, step_sizes)
-    if settings.adaptation != "pilot":
+    if plan.adaptation != "pilot":
         return annealing
-    return _pilot(key, annealing, settings)
+    return _pilot(key, annealing, plan)
 
 
-def forward(key: Key, annealing: Annealing, settings: Settings) -> tuple[Estimate, AISInfo]:
+def forward(key: Key, annealing: Annealing, plan: Plan) -> tuple[Estimate, AISInfo]:
     """The measuring run from the base to p(x, z)."""
-    num_chains, dtype = settings.num_chains, annealing.betas.dtype
+    num_chains, dtype = plan.num_chains, annealing.betas.dtype
     key_start, key_run = jax.random.split(key)
     z = start_chains(key_start, annealing.base, num_chains)
-    if settings.adaptation == "authors":
+    if plan.adaptation == "authors":
         tuner, jitter = _authors(num_chains, dtype), 1.0
     else:
         tuner, jitter = frozen(annealing.step_sizes), JITTER
-    log_weights, info, _ = anneal(
-        key_run, annealing, z, tuner, settings.num_leapfrog, jitter=jitter
-    )
+    log_weights, info, _ = anneal(key_run, annealing, z, tuner, plan.num_leapfrog, jitter=jitter)
     info = info._replace(z=jax.vmap(partial(to_z, annealing.frame))(info.z))
     return log_mean_exp(log_weights)._replace(acceptance=jnp.mean(info.acceptance)), info
 
 
 @jax.jit
-def _ais(
-    key: Key, target: Target, q: Gaussian | None, settings: Settings
-) -> tuple[Estimate, AISInfo]:
+def _ais(key: Key, target: Target, q: Gaussian | None, plan: Plan) -> tuple[Estimate, AISInfo]:
     key_pilot, key_run = jax.random.split(key)
-    return forward(key_run, prepare(key_pilot, target, q, settings), settings)
+    return forward(key_run, prepare(key_pilot, target, q, plan), plan)
 
 
-def checked_settings(
+def checked_plan(
     q: Gaussian | None,
     num_chains: int,
     num_temperatures: int,
@@ -328,8 +324,8 @@ def checked_settings(
     schedule: str | Array,
     step_size: float | Array | None,
     adaptation: str = "pilot",
-) -> Settings:
-    """The arguments of `ais` as Settings, or an error that names the one that cannot be."""
+) -> Plan:
+    """The arguments of `ais` as a Plan, or an error that names the one that cannot be."""
     if q is not None and not isinstance(q, Gaussian):
         as_sampler(q)  # what is no q at all is told so
         raise TypeError(
@@ -363,7 +359,7 @@ def checked_settings(
         if not np.all((values > 0) & (values < np.inf)):
             shown = np.array2string(values, threshold=6, edgeitems=2)
             raise ValueError(f"step_size must be positive and finite; got {shown}")
-    return Settings(
+    return Plan(
         betas,
         step_size,
         positive_int("num_chains", num_chains),
@@ -386,10 +382,10 @@ def ais_with_info(
     step_size: float | Array | None = None,
 ) -> tuple[Estimate, AISInfo]:
     """`ais`, and what one may look at of its run: acceptance by temperature, non-finite counts."""
-    settings = checked_settings(
+    plan = checked_plan(
         q, num_chains, num_temperatures, num_leapfrog, schedule, step_size, adaptation
     )
-    return _ais(key, target, q, settings)
+    return _ais(key, target, q, plan)
 
 
 def ais(

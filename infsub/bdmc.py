@@ -14,9 +14,9 @@ import jax.numpy as jnp
 
 from infsub.ais import (
     Annealing,
-    Settings,
+    Plan,
     anneal,
-    checked_settings,
+    checked_plan,
     forward,
     from_z,
     frozen,
@@ -44,22 +44,20 @@ class BDMC(NamedTuple):
     standard_error: Array
 
 
-def reverse(key: Key, annealing: Annealing, z: Array, settings: Settings) -> Estimate:
+def reverse(key: Key, annealing: Annealing, z: Array, plan: Plan) -> Estimate:
     """The kernels of `ais.forward` from p(x, z) down to the base, chains starting at z [D]."""
     z = promoted(z, annealing.base)
-    z = jnp.broadcast_to(from_z(annealing.frame, z), (settings.num_chains, *z.shape))
+    z = jnp.broadcast_to(from_z(annealing.frame, z), (plan.num_chains, *z.shape))
     tuner = frozen(annealing.step_sizes)
-    log_weights, info, _ = anneal(key, annealing, z, tuner, settings.num_leapfrog, reverse=True)
+    log_weights, info, _ = anneal(key, annealing, z, tuner, plan.num_leapfrog, reverse=True)
     inverse = log_mean_exp(-log_weights)._replace(acceptance=jnp.mean(info.acceptance))
     return inverse._replace(log_px=-inverse.log_px, log_weights=log_weights)
 
 
 @jax.jit
-def _reverse_ais(
-    key: Key, target: Target, z: Array, q: Gaussian | None, settings: Settings
-) -> Estimate:
+def _reverse_ais(key: Key, target: Target, z: Array, q: Gaussian | None, plan: Plan) -> Estimate:
     key_pilot, key_run = jax.random.split(key)
-    return reverse(key_run, prepare(key_pilot, target, q, settings), z, settings)
+    return reverse(key_run, prepare(key_pilot, target, q, plan), z, plan)
 
 
 def reverse_ais(
@@ -100,8 +98,8 @@ def reverse_ais(
       True
     """
     _check_sample(z, target)
-    settings = checked_settings(q, num_chains, num_temperatures, num_leapfrog, schedule, step_size)
-    return _reverse_ais(key, target, z, q, settings)
+    plan = checked_plan(q, num_chains, num_temperatures, num_leapfrog, schedule, step_size)
+    return _reverse_ais(key, target, z, q, plan)
 
 
 def _check_sample(z: Array, target: Target) -> None:
@@ -112,18 +110,18 @@ def _check_sample(z: Array, target: Target) -> None:
 
 
 @jax.jit
-def _bdmc(key: Key, target: Target, z: Array, q: Gaussian | None, settings: Settings) -> BDMC:
+def _bdmc(key: Key, target: Target, z: Array, q: Gaussian | None, plan: Plan) -> BDMC:
     key_pilot, key_forward, key_reverse = jax.random.split(key, 3)
-    annealing = prepare(key_pilot, target, q, settings)
-    lower, _ = forward(key_forward, annealing, settings)
-    upper = reverse(key_reverse, annealing, z, settings)
+    annealing = prepare(key_pilot, target, q, plan)
+    lower, _ = forward(key_forward, annealing, plan)
+    upper = reverse(key_reverse, annealing, z, plan)
     error = jnp.hypot(lower.standard_error, upper.standard_error)
     return BDMC(lower, upper, upper.log_px - lower.log_px, error)
 
 
 def bdmc(
     key: Key,
-    model: Callable[[Key], tuple[Array, Target, Gaussian | None]],
+    simulate: Callable[[Key], tuple[Array, Target, Gaussian | None]],
     num_chains: int = 16,
     num_temperatures: int = 100,
     num_leapfrog: int = 10,
@@ -138,7 +136,7 @@ def bdmc(
 
     Args:
       key: of this datapoint.
-      model: key -> (z [D], Target, q): draws z ~ p(z) and x ~ p(x|z), and gives the target of that x
+      simulate: key -> (z [D], Target, q): draws z ~ p(z) and x ~ p(x|z), and gives the target of that x
         and the Gaussian to start from (None: the prior).
       num_chains, num_temperatures, num_leapfrog, schedule, step_size: as in `ais`.
 
@@ -156,13 +154,13 @@ def bdmc(
       >>> print(bool(abs(infsub.bdmc(jax.random.key(0), simulate).gap) < 0.2))
       True
     """
-    if not callable(model):
+    if not callable(simulate):
         raise TypeError(
-            "model must be a function key -> (z [D], Target, q), which simulates a datapoint; got "
-            f"{type(model).__name__}: infsub.measure(…, num_certified=N) certifies a Model"
+            "simulate must be a function key -> (z [D], Target, q), which simulates a datapoint; got "
+            f"{type(simulate).__name__}: infsub.measure(…, num_certified=N) certifies a Model"
         )
     key_model, key = jax.random.split(key)
-    z, target, q = model(key_model)
+    z, target, q = simulate(key_model)
     _check_sample(z, target)
-    settings = checked_settings(q, num_chains, num_temperatures, num_leapfrog, schedule, step_size)
-    return _bdmc(key, target, z, q, settings)
+    plan = checked_plan(q, num_chains, num_temperatures, num_leapfrog, schedule, step_size)
+    return _bdmc(key, target, z, q, plan)

@@ -92,7 +92,7 @@ def elbo(key: Key, target: Target, q: Gaussian | Sampler | Any, num_samples: int
 
     Raises:
       ValueError: num_samples < 1, or q's shape is not the target's.
-      TypeError: a density returns no scalar.
+      TypeError: q is none of these, or a density returns no scalar of float32's digits.
 
     Example:
       >>> target = infsub.Target(None, lambda z: norm.logpdf(1.0, z).sum(), latent_dim=1)  # x = 1
@@ -174,7 +174,7 @@ def iwae(
 
     Raises:
       ValueError: num_samples or chunk_size < 1, or q's shape is not the target's.
-      TypeError: a density returns no scalar.
+      TypeError: q is none of these, or a density returns no scalar of float32's digits.
 
     Example:
       >>> target = infsub.Target(None, lambda z: norm.logpdf(1.0, z).sum(), latent_dim=1)  # x = 1

@@ -175,7 +175,8 @@ def map_datapoints(
       fit into memory it is halved, with a warning, and the numbers are the same.
 
     Raises:
-      ValueError: xs is empty, its leaves disagree on N, or block_size < 1.
+      ValueError: xs is empty or its leaves disagree on N, block_size < 1, or indices that are not N
+        integers from 0 to 2³² − 1.
       MemoryError: one datapoint a device does not fit into memory.
       TypeError: xs is a data set's; the function takes x before key; progress is none of these.
 

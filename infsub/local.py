@@ -298,7 +298,7 @@ def local_curve(
     steps: Sequence[int],
     rule: str | Rule = "fast",
     *,
-    num_samples: int = 1000,
+    num_final_samples: int = 1000,
     shared_rate: Any = 1.0,
 ) -> Estimate:
     """L[q] after each of `steps` steps from `params`: how soon optimisation buys back a gap.
@@ -313,8 +313,9 @@ def local_curve(
       posterior: the family Q; all of its params, "encoded" and "shared", are fitted.
       params: where to start; the bound after 0 steps is theirs.
       steps: 0 ≤ n_1 < n_2 < …
-      rule: as in `optimize_local`; its window, patience, max_steps, decay and paired do not apply.
-      num_samples: K of each bound.
+      rule: "fast", "thorough" or "authors", which are Adam's here for every family, or a Rule; of either
+        learning_rate, num_samples, sticking_the_landing, antithetic and natural apply.
+      num_final_samples: K of each bound.
       shared_rate: factor on the learning rate for params["shared"], the trained weights of a flow,
         which steps that fit a datapoint's own parameters would spoil; 0 holds them. May be traced.
 
@@ -338,11 +339,11 @@ def local_curve(
     posterior, params = _checked_start(key, target, posterior, params, rule)
     # Arrays: how many steps there are compiles nothing anew.
     spans = jnp.asarray((0, *steps[:-1])), jnp.asarray(steps)
-    num_samples = positive_int("num_samples", num_samples)
+    num_final_samples = positive_int("num_final_samples", num_final_samples)
     rates: Any = rule.learning_rate
     if isinstance(params, dict):
         rates = {name: rates * (shared_rate if name == "shared" else 1.0) for name in params}
-    return _curve(key, target, posterior, params, spans, rates, _program(rule), num_samples)
+    return _curve(key, target, posterior, params, spans, rates, _program(rule), num_final_samples)
 
 
 def _checked_start(
@@ -477,7 +478,7 @@ def _direction(
     return optax.tree.scale(jnp.minimum(1, _RADIUS / length), direction), moments
 
 
-@partial(jax.jit, static_argnames=("rule", "num_samples"))
+@partial(jax.jit, static_argnames=("rule", "num_final_samples"))
 def _curve(
     key: Key,
     target: Target,
@@ -486,7 +487,7 @@ def _curve(
     spans: tuple[Array, Array],
     rates: Any,
     rule: Rule,
-    num_samples: int,
+    num_final_samples: int,
 ) -> Estimate:
     key_steps, key_final = jax.random.split(key)
     step = partial(_step, key_steps, target, posterior, rule, rates)
@@ -494,7 +495,7 @@ def _curve(
     def run_span(fitted: Any, span: tuple[Array, Array]) -> tuple[Any, Estimate]:
         fitted = jax.lax.fori_loop(*span, lambda number, fitted: step(fitted, number)[0], fitted)
         q = posteriors.sampler(posterior, fitted[0])
-        return fitted, bounds.elbo(jax.random.clone(key_final), target, q, num_samples)
+        return fitted, bounds.elbo(jax.random.clone(key_final), target, q, num_final_samples)
 
     return jax.lax.scan(run_span, (params, _ADAM.init(params)), spans)[1]
 

@@ -75,10 +75,11 @@ class Datapoint(NamedTuple):
     Attributes:
       target: p(z) p(x|z).
       q: q(z|x), the encoder's.
-      base: the Gaussian that local inference and AIS start from: q, or one of its moments.
+      base: the Gaussian that Laplace's search starts from, AIS where it starts at "posterior", and curves
+        that do not at `amortised`: q, or one of its moments.
       own: the family of q, by its name in posteriors.py; "" where it is none of those.
-      amortised: q as a member of that family, where its curve is asked for: the encoder's output as
-        the family's params.
+      amortised: q as a member of that family, the encoder's output as its params, where its curve
+        starts; None where that is not known.
     """
 
     target: Target
@@ -254,8 +255,8 @@ def _ais_start(
             return curvature
         case "local":
             fit = fits[0]
-            key = named(fit.key, "moments")
-            return posteriors.moment_matched(key, fit.posterior, fit.result.params)
+            q = posteriors.sampler(fit.posterior, fit.result.params)
+            return posteriors.moment_matched(named(fit.key, "moments"), q)
     return None  # the prior
 
 
@@ -282,7 +283,7 @@ def _curves(point: Datapoint, fit: _Fit, settings: Settings) -> dict[str, Array]
             params,
             settings.curve,
             settings.preset,
-            num_samples=settings.elbo_samples,
+            num_final_samples=settings.elbo_samples,
             shared_rate=shared_rate,
         )
 

@@ -152,22 +152,18 @@ def factorised(q: Gaussian) -> Gaussian:
 
 def moment_matched(
     key: Key,
-    q: Posterior | Sampler | Any,
-    params: Params | None = None,
+    q: Sampler | Any,
     num_samples: int = 1000,
     full: bool = False,
 ) -> Gaussian:
     """The Gaussian of q(z)'s mean [D] and standard deviations [D]; AIS may start from it.
 
-    q: a Posterior, or its sample(key, params), at `params`; or whatever gives draws itself, a sampler
-    or a distribution object.
+    q: whatever gives draws itself, a sampler such as `sampler(posterior, params)` or a distribution
+    object.
     full=True gives q's covariance too, as its Cholesky factor [D, D].
     Raises ValueError when num_samples is not positive, or is no more than D where full, TypeError for
-    a Posterior without params.
+    what is no sampler, such as a Posterior without its params.
     """
-    if params is not None:
-        sample = q.sample if isinstance(q, Posterior) else q
-        q = Partial(_sample, as_partial(sample), params)
     return _moment_matched(key, as_sampler(q), positive_int("num_samples", num_samples), full)
 
 

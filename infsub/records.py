@@ -68,7 +68,8 @@ class Stopped(Exception):
     """A run that ended before its end; the message says why and what to do.
 
     Attributes:
-      exit_code: 143 after SIGTERM and 130 after Ctrl-C, with all saved; 1 when training diverged.
+      exit_code: 143 after SIGTERM and 130 after Ctrl-C, with all saved; 1 when training diverged, an
+        estimate is not finite, or some of several seeds could not be evaluated or reported.
     """
 
     def __init__(self, message: str, exit_code: int) -> None:

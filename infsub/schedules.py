@@ -20,8 +20,9 @@ def schedule_betas(schedule: str | ArrayLike, num_temperatures: int = 100) -> Ar
     """Inverse temperatures 0 = β_0 < … < β_T = 1, [T+1].
 
     linear: t/T; sigmoid: the logistic function on [−4, 4], rescaled (Grosse et al. 2015, sec. 5);
-    power: (t/T)³ (Friel & Pettitt 2008); geometric: β_1 = 1e-4 to 1 by a constant factor. An explicit
-    array [T+1] is checked and kept, and T is its length − 1.
+    power: (t/T)³ (Friel & Pettitt 2008); geometric: β_1 = 1e-4 to 1 by a constant factor; adaptive: as
+    power, where a pilot looks, before `equal_distances` chooses. An explicit array [T+1] is checked and
+    kept, and T is its length − 1.
 
     Raises:
       ValueError: an unknown name, num_temperatures < 1, or an array not increasing from 0 to 1.

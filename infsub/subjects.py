@@ -59,11 +59,11 @@ def of_vae(vae: VAE, own: str) -> Subject:
 
     def describe(key: Key, variables: Variables, x: Array) -> Datapoint:
         posterior, params = vae.posterior(variables, x), vae.encode(variables, x)
+        q = posteriors.sampler(posterior, params)
         if not params["shared"] and set(params["encoded"]) == {"mean", "log_scale"}:
             base = posteriors.gaussian_of(params)
         else:
-            base = posteriors.moment_matched(key, posterior, params)
-        q = posteriors.sampler(posterior, params)
+            base = posteriors.moment_matched(key, q)
         return Datapoint(vae.target(variables, x), q, base, own, (posterior, params))
 
     def simulate(key: Key, variables: Variables, _: Any) -> tuple[Array, Array]:

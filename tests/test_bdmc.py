@@ -81,7 +81,9 @@ def test_both_directions_run_the_same_kernels():
 
 def test_a_model_of_ones_own_is_told_what_certifies_it():
     model = infsub.Model(2, lambda params, x: x, lambda params, x, z: z.sum())
-    with pytest.raises(TypeError, match=r"got Model: infsub.measure\(…, num_certified=N\)"):
+    with pytest.raises(
+        TypeError, match=r"simulate must be .*got Model: infsub.measure\(…, num_certified=N\)"
+    ):
         infsub.bdmc(jax.random.key(0), model)  # pyright: ignore
 
 

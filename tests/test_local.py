@@ -467,7 +467,7 @@ def test_the_curve_is_paired_on_samples_that_did_not_fit(xs, best):
     xs = jnp.tile(xs, (100, 1))
     best = jax.tree.map(lambda a: jnp.tile(a, (100, 1)), best)
     rule = local.RULES["authors"]._replace(num_samples=1, learning_rate=0.03)
-    found = curve((0, 1), rule, num_samples=1)(keys_for(13, xs), xs, best)
+    found = curve((0, 1), rule, num_final_samples=1)(keys_for(13, xs), xs, best)
     gains = found.log_px[:, 1] - found.log_px[:, 0]
     assert np.mean(gains) < 3 * np.std(gains) / np.sqrt(len(xs))
     assert np.std(gains) < 0.2 * np.std(found.log_px[:, 0])
@@ -485,11 +485,11 @@ def test_the_weights_of_a_flow_move_by_their_own_rate(xs):
 
     alone = Posterior(lambda key: {"encoded": flow.init(key)["encoded"]}, sample)
     plain, one, held = (
-        local_curve(key, target, flow, params, steps, num_samples=50, **rate).log_px
+        local_curve(key, target, flow, params, steps, num_final_samples=50, **rate).log_px
         for rate in ({}, {"shared_rate": 1.0}, {"shared_rate": 0.0})
     )
     start = {"encoded": params["encoded"]}
-    reference = local_curve(key, target, alone, start, steps, num_samples=50).log_px
+    reference = local_curve(key, target, alone, start, steps, num_final_samples=50).log_px
     np.testing.assert_array_equal(plain, one)
     np.testing.assert_allclose(held, reference, rtol=1e-5)
     assert np.abs(plain[1] - held[1]) > 0.01
@@ -507,7 +507,7 @@ def test_a_longer_curve_compiles_no_more(xs):
         before = len(traces)
         target = Target(None, Partial(log_likelihood, xs[0][:4]), 4)
         params = posterior.init(jax.random.key(0))
-        local_curve(jax.random.key(14), target, posterior, params, steps, num_samples=5)
+        local_curve(jax.random.key(14), target, posterior, params, steps, num_final_samples=5)
         counts.append(len(traces) - before)
     assert counts[0] > 0
     assert counts[1] == 0  # more steps
@@ -568,7 +568,7 @@ def test_another_number_of_a_rule_is_no_other_program():
         found = optimize_local(jax.random.key(0), target, posterior, **fields, **numbers)
         assert int(found.num_steps) <= steps
         rule = local._NATURAL._replace(num_samples=2, learning_rate=rate)
-        found = curve(params, (0, 1), rule, num_samples=2)
+        found = curve(params, (0, 1), rule, num_final_samples=2)
         sizes.append((local._optimize._cache_size(), local._curve._cache_size(), found.log_px[1]))
     assert sizes[0][:2] == sizes[1][:2]
     assert sizes[0][2] != sizes[1][2]

@@ -519,14 +519,15 @@ def test_moment_matched_gaussian():
     params = posterior.init(jax.random.key(22))
     encoded = {"mean": jnp.asarray([1.0, 2.0]), "lower": jnp.asarray([2.0])}
     params["encoded"] |= encoded
-    q = posteriors.moment_matched(jax.random.key(23), posterior, params, 20_000)
+    draw = posteriors.sampler(posterior, params)
+    q = posteriors.moment_matched(jax.random.key(23), draw, 20_000)
     np.testing.assert_allclose(q.mean, [1, 2], atol=0.06)
     np.testing.assert_allclose(q.scale, [1, math.sqrt(5)], rtol=0.03)
-    full = posteriors.moment_matched(jax.random.key(23), posterior, params, 20_000, full=True)
+    full = posteriors.moment_matched(jax.random.key(23), draw, 20_000, full=True)
     np.testing.assert_array_equal(full.mean, q.mean)
     np.testing.assert_allclose(full.scale, [[1, 0], [2, 1]], atol=0.06)
     with pytest.raises(ValueError, match="num_samples must exceed D=2 for a full covariance"):
-        posteriors.moment_matched(jax.random.key(23), posterior, params, 2, full=True)
+        posteriors.moment_matched(jax.random.key(23), draw, 2, full=True)
 
 
 def test_equal_arguments_give_the_same_object():

@@ -96,9 +96,9 @@ def test_another_librarys_q_is_measured(make):
 
 def test_moments_of_a_sampler():
     q = ours(XS[0])
-    own = (lambda key, params: as_sampler(params)(key)), q  # a flow of one's own, at its params
-    for given in ((q,), (as_sampler(q),), (of_numpyro(XS[0]),), own):
-        found = infsub.posteriors.moment_matched(jax.random.key(3), *given, num_samples=20_000)
+    own = infsub.Posterior(lambda key: q, lambda key, params: as_sampler(params)(key))
+    for given in (q, as_sampler(q), of_numpyro(XS[0]), infsub.posteriors.sampler(own, q)):
+        found = infsub.posteriors.moment_matched(jax.random.key(3), given, num_samples=20_000)
         np.testing.assert_allclose(found.mean, q.mean, atol=0.02)
         np.testing.assert_allclose(found.scale, q.scale, rtol=0.03)
 
