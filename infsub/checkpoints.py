@@ -174,7 +174,8 @@ def load_variables(workdir: str | Path, which: str = "best") -> tuple[Variables,
     Raises:
       UserError: no run, no such checkpoint, or a damaged one.
     """
-    run, config = records.read_run(Path(workdir)), records.read_config(Path(workdir))
+    workdir = Path(workdir)
+    run, config = records.read_run(workdir), records.read_config(workdir)
     if (num_seeds := config.train.num_seeds) > 1:
         raise UserError(f"{workdir} holds {num_seeds} runs: give one, such as {workdir}/seed_0.")
     if config.model.imported:
@@ -182,10 +183,10 @@ def load_variables(workdir: str | Path, which: str = "best") -> tuple[Variables,
             f"{workdir} is {config.model.imported}, a model of one's own, whose weights infsub does not "
             "keep: give a run that infsub trained."
         )
-    directory = Path(workdir) / "checkpoints"
-    present, published = steps(directory), Path(workdir) / WEIGHTS
+    directory = workdir / "checkpoints"
+    present, published = steps(directory), workdir / WEIGHTS
     if not present and not published.exists():
-        summary = files.read_json(Path(workdir) / "summary.json", records.SUMMARY)
+        summary = files.read_json(workdir / "summary.json", records.SUMMARY)
         if summary and summary["ended"] == "diverged":
             raise UserError(
                 f"{workdir} has no checkpoint, for its training diverged before the first one: train "
@@ -197,7 +198,7 @@ def load_variables(workdir: str | Path, which: str = "best") -> tuple[Variables,
         variables = jax.eval_shape(vae.init, jax.random.key(0))
     except (ValueError, TypeError) as error:
         raise UserError(
-            f"{Path(workdir) / 'config.json'}: config.model cannot be built: {error}"
+            f"{workdir / 'config.json'}: config.model cannot be built: {error}"
         ) from error
     if not present:
         return _read_weights(published, variables, run["identity"], which)
@@ -217,7 +218,7 @@ def load_variables(workdir: str | Path, which: str = "best") -> tuple[Variables,
         raise UserError(f"{error}; remove {gone}, and the training command goes on.") from error
     best_step = int(tree["progress"]["best_step"])
     if which == "best" and not best_step:  # they are the weights before the first step
-        go_on = "" if (Path(workdir) / "summary.json").exists() else "go on training, or "
+        go_on = "" if (workdir / "summary.json").exists() else "go on training, or "
         raise UserError(
             f"no validation value of {workdir} was finite so far, so no weights are its best: {go_on}give "
             "config.evaluate.checkpoint=last."

@@ -218,7 +218,7 @@ def map_datapoints(
     if progress and not callable(progress):
         label = progress if isinstance(progress, str) else "datapoints"
         bar = files.Progress(num_points, label, unit="datapoint")
-        bar.begin("compiling")
+        bar.begin()
     results = []
     for start in range(0, num_points, block_size):
         # The last block is filled up with copies of its last datapoint: one shape, one compilation.

@@ -184,7 +184,8 @@ def expand(config: configs.Config, workdir: Path, overrides: Sequence[str] = ())
       UserError: an unknown scale, field or cell, a wrong value, cells that need each other.
     """
     given, scale = config.experiment, config.scale
-    fixed = {name: _get(config, name) for name in overrides if name != "scale"}
+    values = dict(configs.flatten(config))
+    fixed = {name: values[name] for name in overrides if name != "scale"}
     for name in fixed.keys() & {"train.num_seeds", "init_from", "evaluate.name"}:
         raise UserError(f"config.{name} is set by the experiment {given.name} cell by cell.")
     others = fixed.get("data.name")  # data that the user wants in every cell
@@ -244,10 +245,6 @@ def _shares(fields: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
         return round(share * values[name])
 
     return {n: value(n, v) for n, v in fields.items()}
-
-
-def _get(config: configs.Config, name: str) -> Any:
-    return dict(configs.flatten(config))[name]
 
 
 def _cell(

@@ -75,12 +75,13 @@ class Progress:
             else None
         )
 
-    def begin(self, note: str) -> None:
-        """Says at once what is going on before the first units of work are done."""
+    def begin(self) -> None:
+        """Says at once that something compiles, before the first units of work are done."""
         if self._bar is not None:
-            self._bar.set_postfix_str(note)
+            self._bar.set_postfix_str("compiling")
         else:
-            print(f"{self._label}: {self.total} {self._unit}s, {note}", file=sys.stderr, flush=True)
+            text = f"{self._label}: {self.total} {self._unit}s, compiling"
+            print(text, file=sys.stderr, flush=True)
 
     def update(self, done: int, note: str = "") -> None:
         """Shows that `done` units of work are done in all; `note` is put beside."""
@@ -328,12 +329,3 @@ def read_npz(path: Path, *layouts: Mapping[str, str]) -> dict[str, np.ndarray]:
         if not whole or not all(fit) or dtype.kind not in ("U" if text else "fiub"):
             raise UserError(f"{path} is torn ({name} is {dtype} of shape {shape}): {todo}.")
     return arrays
-
-
-def write_png(path: Path, image: np.ndarray) -> None:
-    """uint8 [Y, X, 3] as a PNG file."""
-    from PIL import Image
-
-    png = io.BytesIO()
-    Image.fromarray(image).save(png, "png")
-    write_bytes(path, png.getvalue())

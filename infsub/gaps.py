@@ -309,7 +309,7 @@ def difference(upper: Line, lower: Line, kind: str = "gap") -> Line:
 
 
 def bootstrap_interval(
-    values: ArrayLike, level: float = 0.95, num_resamples: int = 2000, seed: int = 0
+    values: ArrayLike, level: float = 0.95, num_resamples: int = 2000
 ) -> tuple[float, float]:
     """The percentile bootstrap interval of a mean over datapoints (Efron 1979), values [N].
 
@@ -323,7 +323,7 @@ def bootstrap_interval(
     positive_int("num_resamples", num_resamples)
     if not 0 < level < 1:
         raise ValueError(f"level must lie between 0 and 1; got {level!r}")
-    rng, n = np.random.default_rng(seed), len(values)
+    rng, n = np.random.default_rng(0), len(values)
     if n == 1:
         return float("nan"), float("nan")
     at_once = max(1, 1_000_000 // n)  # not all: of many datapoints they would fill the memory

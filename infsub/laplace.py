@@ -25,6 +25,7 @@ _MAX_FULL = (
 )
 _CHUNK = 64  # columns of a Jacobian at a time, so that memory does not grow with D
 _NUM_CG = 50
+_TOLERANCE = 0.01  # nats of gain that a step must promise
 _ADAM = optax.adam(0.1)  # in units of the prior N(0, I)
 # One pass tries them all, for less than a curvature anew: the largest that suits is not known.
 _STEP_LENGTHS = (1.0, 0.5, 0.25, 0.1, 0.03, 0.01, 0.001)
@@ -74,7 +75,6 @@ def laplace(
     *,
     num_adam: int | None = None,
     num_steps: int = 30,
-    tolerance: float = 0.01,
     full: bool | None = None,
 ) -> Gaussian:
     """N(mode, P⁻¹) of the posterior p(z|x), P its precision at the mode (MacKay 2003, ch. 27).
@@ -92,7 +92,6 @@ def laplace(
         the one of the greatest evidence is kept. None is 0, with 200 steps of Adam.
       num_adam: steps of Adam before Newton's; None is 200 for start=None, otherwise none.
       num_steps: Newton steps at most.
-      tolerance: the gain in nats a step must promise.
       full: whether the scale is a Cholesky factor [D, D]. Otherwise it is [D], the inverse root of
         P's diagonal (the closest in KL(q‖p)), P is never formed and steps are those of conjugate
         gradients: memory grows with D, not D². None is full up to D = 512.
@@ -110,9 +109,7 @@ def laplace(
       >>> print(f"{q.mean[0]:.2f} {q.scale[0, 0] ** 2:.2f}")
       0.50 0.50
     """
-    return laplace_with_info(
-        target, start, num_adam=num_adam, num_steps=num_steps, tolerance=tolerance, full=full
-    )[0]
+    return laplace_with_info(target, start, num_adam=num_adam, num_steps=num_steps, full=full)[0]
 
 
 def laplace_with_info(
@@ -121,7 +118,6 @@ def laplace_with_info(
     *,
     num_adam: int | None = None,
     num_steps: int = 30,
-    tolerance: float = 0.01,
     full: bool | None = None,
 ) -> tuple[Gaussian, LaplaceInfo]:
     """`laplace`, and what one may look at of its fit: its evidence, convergence and cost."""
@@ -139,15 +135,15 @@ def laplace_with_info(
         )
     full = dim <= _MAX_FULL if full is None else full
     starts = starts.reshape(-1, dim)
-    return _laplace(target, starts, tolerance, num_adam, positive_int("num_steps", num_steps), full)
+    return _laplace(target, starts, num_adam, positive_int("num_steps", num_steps), full)
 
 
 @partial(jax.jit, static_argnames=("num_adam", "full"))
 def _laplace(
-    target: Target, starts: Array, tolerance: Array, num_adam: int, num_steps: Array, full: bool
+    target: Target, starts: Array, num_adam: int, num_steps: Array, full: bool
 ) -> tuple[Gaussian, LaplaceInfo]:
     def fit(z: Array) -> tuple[Gaussian, LaplaceInfo]:
-        return _fit(target, z, tolerance, num_adam, num_steps, full)
+        return _fit(target, z, num_adam, num_steps, full)
 
     q, info = jax.vmap(fit)(starts)
     best = jnp.argmax(jnp.where(jnp.isnan(info.log_px), -jnp.inf, info.log_px))
@@ -157,7 +153,7 @@ def _laplace(
 
 
 def _fit(
-    target: Target, z: Array, tolerance: Array, num_adam: int, num_steps: Array, full: bool
+    target: Target, z: Array, num_adam: int, num_steps: Array, full: bool
 ) -> tuple[Gaussian, LaplaceInfo]:
     """The fit from one start z [D]."""
     value_at = partial(log_joint, target)
@@ -175,7 +171,7 @@ def _fit(
 
     def unfinished(carry: tuple[_Point, Array, Array]) -> Array:
         point, steps, stuck = carry
-        return (point.gain > tolerance) & (steps < num_steps) & ~stuck
+        return (point.gain > _TOLERANCE) & (steps < num_steps) & ~stuck
 
     z = _warm_up(value_at, z, num_adam)
     start = _examine(target, z, full), jnp.zeros((), int), jnp.zeros((), bool)
@@ -187,7 +183,7 @@ def _fit(
     # Newton's step itself and the values along it, at each step; the start has but the first.
     cost = num_adam + (steps + 1) * _num_gradients(target, full) + steps * lengths.size / 2
     return q, LaplaceInfo(
-        jnp.where(usable, evidence, jnp.nan), point.value, steps, point.gain <= tolerance, cost
+        jnp.where(usable, evidence, jnp.nan), point.value, steps, point.gain <= _TOLERANCE, cost
     )
 
 

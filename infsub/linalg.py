@@ -13,6 +13,8 @@ from jaxtyping import Float
 
 from infsub.types import Array, Matrix, Vector
 
+_NUM_SWEEPS = 10
+
 
 def factor(matrix: Matrix) -> Matrix:
     """The lower triangular L with L Lᵀ = matrix, both [D, D]; NaN where it is not positive definite."""
@@ -49,11 +51,11 @@ def inverse_factor(matrix: Matrix) -> Matrix:
     return inverse(upper.T)
 
 
-def eigen(matrix: Matrix, num_sweeps: int = 10) -> tuple[Vector, Matrix]:
+def eigen(matrix: Matrix) -> tuple[Vector, Matrix]:
     """Eigenvalues [D], ascending, and eigenvectors [D, D], in columns, of a symmetric matrix.
 
     Jacobi's method, D/2 rotations at a time that share no row (Brent & Luk 1985); a sweep meets
-    each pair once, and the error falls quadratically: ten end at rounding.
+    each pair once, and the error falls quadratically: `_NUM_SWEEPS` end at rounding.
     """
     size = len(matrix)
     even = size + size % 2  # an odd one gets an axis of its own, which nothing turns
@@ -78,7 +80,7 @@ def eigen(matrix: Matrix, num_sweeps: int = 10) -> tuple[Vector, Matrix]:
         return a, turn(vectors, p, q, cos, tan * cos), order
 
     start = a, jnp.eye(even, dtype=a.dtype), jnp.arange(even)
-    rounds = num_sweeps * max(even - 1, 1)
+    rounds = _NUM_SWEEPS * max(even - 1, 1)
     a, vectors, _ = jax.lax.fori_loop(0, rounds, meet, start)
     values = jnp.diagonal(a)[:size]
     ascending = jnp.argsort(values)

@@ -312,7 +312,7 @@ def run(
             if mode == "run" and (lacking := records.missing(evaluation)):
                 files.say(f"{shard} of {evaluation} is done, {lacking}: the last shard reports.")
             elif mode in ("run", "report"):
-                report.report(str(evaluation), config.report.to_dict())
+                report.report(evaluation, config.report.to_dict())
         except UserError as error:  # of one seed: the others go on
             refused.append(str(error).removesuffix("."))
         except (records.Stopped, OSError, MemoryError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,8 @@ class Member:
     def draw(self, step: int, grids: dict[str, np.ndarray]) -> None:
         """Grids of images [rows, columns, H, W, C] as <name>.png and in TensorBoard."""
         for name, grid in grids.items():
-            image = records.picture(grid)
-            files.write_png(self.workdir / f"{name}.png", image)
+            image = picture(grid)
+            write_png(self.workdir / f"{name}.png", image)
             if self._board is not None:
                 self._board.image(step, name, image)
 
@@ -113,3 +114,21 @@ class Member:
         self.checkpoints.close()
         if self._board is not None:
             self._board.close()
+
+
+def picture(images: np.ndarray) -> np.ndarray:
+    """A grid of images [rows, columns, H, W, C] in [0, 1] as one image, uint8 [Y, X, 3]."""
+    images = np.pad(images, [(0, 0), (0, 0), (0, 1), (0, 1), (0, 0)], constant_values=0.5)
+    rows, columns, height, width, channels = images.shape
+    grid = images.swapaxes(1, 2).reshape(rows * height, columns * width, channels)
+    grid = np.broadcast_to(grid, (*grid.shape[:2], 3))
+    return np.uint8(np.round(255 * np.clip(grid, 0, 1)))  # pyright: ignore[reportReturnType]
+
+
+def write_png(path: Path, image: np.ndarray) -> None:
+    """uint8 [Y, X, 3] as a PNG file."""
+    from PIL import Image
+
+    png = io.BytesIO()
+    Image.fromarray(image).save(png, "png")
+    files.write_bytes(path, png.getvalue())

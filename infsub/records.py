@@ -77,15 +77,6 @@ class Stopped(Exception):
         self.exit_code = exit_code
 
 
-def picture(images: np.ndarray) -> np.ndarray:
-    """A grid of images [rows, columns, H, W, C] in [0, 1] as one image, uint8 [Y, X, 3]."""
-    images = np.pad(images, [(0, 0), (0, 0), (0, 1), (0, 1), (0, 0)], constant_values=0.5)
-    rows, columns, height, width, channels = images.shape
-    grid = images.swapaxes(1, 2).reshape(rows * height, columns * width, channels)
-    grid = np.broadcast_to(grid, (*grid.shape[:2], 3))
-    return np.uint8(np.round(255 * np.clip(grid, 0, 1)))  # pyright: ignore[reportReturnType]
-
-
 class TensorBoard:
     """Event files in `directory` that TensorBoard reads, written without TensorFlow.
 

@@ -41,9 +41,9 @@ class VAE(NamedTuple):
       encode: (variables, x [H, W, C]) -> the posterior's params.
       posterior: (variables, x) -> Posterior; one that needs no target is the same for all.
       sampler: (variables, x) -> Partial, key -> (z [D], log_q []).
-      decode: (variables, z [D]) -> pixel params [H, W, C·P], P = 1 (logits) or 2 (mean, log scale).
       log_likelihood: (variables, x, z) -> [], log p(x|z).
-      target: (variables, x) -> Target, the unnormalised posterior of x.
+      target: (variables, x) -> Target, the unnormalised posterior of x; its outputs of a z [D] are pixel
+        params [H, W, C·P], P = 1 (logits) or 2 (mean, log scale).
       sample_x: (key, variables, z) -> x [H, W, C], a draw of p(x|z), of the data's levels.
       simulate: (key, variables) -> (z [D], x [H, W, C]), a draw of p(z) p(x|z).
       mean_x: (variables, z) -> [H, W, C] in [0, 1], for pictures.
@@ -58,7 +58,6 @@ class VAE(NamedTuple):
     encode: Callable[[Variables, Array], Params]
     posterior: Callable[[Variables, Array], Posterior]
     sampler: Callable[[Variables, Array], Partial]
-    decode: Callable[[Variables, Array], Array]
     log_likelihood: Callable[[Variables, Array, Array], Array]
     target: Callable[[Variables, Array], Target]
     sample_x: Callable[[Key, Variables, Array], Array]
@@ -200,7 +199,6 @@ def _make_vae(model: Any, image_shape: tuple[int, int, int], levels: int) -> VAE
         encode,
         posterior,
         sampler,
-        decode,
         log_likelihood,
         target,
         sample_x,

@@ -185,14 +185,14 @@ def test_shards_give_the_rows_of_one(trained, bare, count):
     assert records.missing(bare).startswith(
         f"{share} of 10 datapoints are missing ({last} has none of its {share})"
     )
-    noted = load_run(str(bare)).notes[-1]
+    noted = load_run(bare).notes[-1]
     assert f"{share} of 10 datapoints are missing" in noted
     assert sharded(bare, last) == []
     assert records.missing(bare) == ""
     assert_same_rows(bare, trained)
     assert (bare / "posteriors.npz").exists()  # the last one draws them
-    table = load_run(str(trained)).lines
-    for name, line in load_run(str(bare)).lines.items():
+    table = load_run(trained).lines
+    for name, line in load_run(bare).lines.items():
         np.testing.assert_allclose(line.mean, table[name].mean, rtol=1e-6, atol=2e-3)
 
     again(bare)  # the whole evaluates nothing, and joins
@@ -280,7 +280,7 @@ def test_points_of_the_model(trained, workdir):
     other = shutil.copytree(workdir / "own", workdir / "other")
     facts = files.read_json(other / "evaluation.json")
     files.write_json(other / "evaluation.json", facts | {"images": "of another decoder"})
-    loaded = [load_run(str(workdir / name)).data for name in ("", "own", "other")]
+    loaded = [load_run(workdir / name).data for name in ("", "own", "other")]
     assert len(set(loaded)) == 3
 
 

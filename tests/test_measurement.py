@@ -152,7 +152,7 @@ def test_what_is_saved_is_a_runs_folder(measured, tmp_path):
     folder = measured.save(tmp_path / "own")
     again = infsub.load(folder)
     assert str(again) == str(measured)
-    assert load_run(str(folder)).data == measured.data
+    assert load_run(folder).data == measured.data
     np.testing.assert_array_equal(again.columns["label"], measured.columns["label"])
     assert again.xs.tolist()[0].startswith("5 values, mean ")
     page = measured.page(tmp_path / "page.html").read_text()

@@ -91,7 +91,7 @@ def test_it_mirrors_the_workdir(workdir, out):
         original = workdir / cell.folder.relative_to(out)
         for stem in ("rows", "bdmc"):
             assert singles(cell.folder, stem) == singles(original, stem)
-        ours, theirs = load_run(str(cell.folder)), load_run(str(original))
+        ours, theirs = load_run(cell.folder), load_run(original)
         assert ours.lines.keys() == theirs.lines.keys()
         for name, line in theirs.lines.items():
             assert tuple(ours.lines[name].mean) == pytest.approx(tuple(line.mean), abs=1e-4)

@@ -20,7 +20,7 @@ DIGITS = {"image_shape": (28, 28, 1), "levels": 2, "steps_per_epoch": 40}
 @pytest.mark.parametrize("channels", [1, 3])
 def test_picture_puts_every_image_in_its_place(tmp_path, channels):
     images = np.random.default_rng(0).uniform(size=(2, 3, 4, 5, channels))
-    files.write_png(tmp_path / "p.png", records.picture(images))
+    members.write_png(tmp_path / "p.png", members.picture(images))
     pixels = np.asarray(Image.open(tmp_path / "p.png")) / 255
     assert pixels.shape == (2 * 5, 3 * 6, 3)
     for row in range(2):

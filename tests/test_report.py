@@ -67,7 +67,7 @@ def column(rows, key):
 
 def test_report_writes_the_numbers_of_the_rows(tmp_path, capsys):
     rows = make_run(tmp_path)
-    reports.report(str(tmp_path))
+    reports.report(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
         [*FILES, "datapoints.csv", "rows.jsonl", "config.json"]
     )
@@ -116,17 +116,17 @@ def test_rows_without_errors_and_rows_of_an_older_version(tmp_path):
             row |= {"log_px": max(row["iwae"], row["ais"]), "log_px_se": 0.1}
 
     rows = make_run(tmp_path, edit=age)
-    run = load_run(str(tmp_path))
+    run = load_run(tmp_path)
     np.testing.assert_array_equal(run.lines["log_px"].values, column(rows, "ais"))
     np.testing.assert_array_equal(run.lines["paper_max"].values, column(rows, "log_px"))
     assert run.lines["paper_max"].errors[[2, 3]].tolist() == [0.1, 0.3]
     assert np.isnan(run.lines["inference_gap"].mean.monte_carlo_error)
-    reports.report(str(tmp_path))
+    reports.report(tmp_path)
 
 
 def test_families_own_first_and_the_split_of_the_approximation_gap(tmp_path):
     make_run(tmp_path, families=("gaussian", "full_gaussian", "auxiliary"), own="auxiliary")
-    run = load_run(str(tmp_path))
+    run = load_run(tmp_path)
     mean = {name: line.mean.mean for name, line in run.lines.items()}
     assert run.families[0] == "auxiliary"
     assert "amortization_gap_auxiliary" in mean
@@ -135,7 +135,7 @@ def test_families_own_first_and_the_split_of_the_approximation_gap(tmp_path):
     split = mean["covariance_gap"] + mean["approximation_gap_full_gaussian"]
     assert split == pytest.approx(mean["approximation_gap_gaussian"])
     make_run(tmp_path, own="planar")
-    assert any("planar, was not optimised locally" in n for n in load_run(str(tmp_path)).notes)
+    assert any("planar, was not optimised locally" in n for n in load_run(tmp_path).notes)
 
 
 def test_curves_are_what_local_steps_leave_and_no_lines_of_the_table(tmp_path):
@@ -152,9 +152,9 @@ def test_curves_are_what_local_steps_leave_and_no_lines_of_the_table(tmp_path):
         rows[5]["after_10_gaussian"] = None
 
     make_run(tmp_path)
-    plain = load_run(str(tmp_path))
+    plain = load_run(tmp_path)
     make_run(tmp_path, edit=add)
-    run = load_run(str(tmp_path))
+    run = load_run(tmp_path)
     curves = {(curve.family, curve.held): curve.points for curve in run.curves}
     assert curves.keys() == {("gaussian", False), ("gaussian", True)}
     fitted, held = curves["gaussian", False], curves["gaussian", True]
@@ -173,9 +173,9 @@ def test_curves_are_what_local_steps_leave_and_no_lines_of_the_table(tmp_path):
 
 def test_thresholds_of_the_command_line_count(tmp_path, capsys):
     make_run(tmp_path)
-    strict = load_run(str(tmp_path), thresholds={"min_ess": 1e9, "max_pareto_k": 0.7})
+    strict = load_run(tmp_path, thresholds={"min_ess": 1e9, "max_pareto_k": 0.7})
     assert any("effective sample size below 1e+09" in flag.text for flag in strict.flags)
-    assert strict.flags != load_run(str(tmp_path)).flags
+    assert strict.flags != load_run(tmp_path).flags
 
 
 def test_the_cells_of_an_experiment_have_their_datapoints_beside_their_rows(tmp_path, capsys):
@@ -219,7 +219,7 @@ def test_datapoints_to_look_at_are_listed_by_dataset_index(tmp_path):
 
     make_run(tmp_path, edit=spoil)
     clean = make_run(tmp_path / "clean")
-    run = load_run(str(tmp_path))
+    run = load_run(tmp_path)
     texts = {flag.text: flag.indices for flag in run.flags}
     assert texts == {
         "L[q] is not finite at 1 of 40 datapoints, left out": [14],
@@ -230,7 +230,7 @@ def test_datapoints_to_look_at_are_listed_by_dataset_index(tmp_path):
     }
     others = [row for row in clean if row["index"] not in (7, 14)]
     np.testing.assert_array_equal(run.lines["elbo"].values, column(others, "elbo"))
-    reports.report(str(tmp_path))
+    reports.report(tmp_path)
     assert (
         "- AIS is not finite at 1 of 40 datapoints, left out: 7\n"
         in (tmp_path / "table.md").read_text()
@@ -242,14 +242,14 @@ def test_datapoints_to_look_at_are_listed_by_dataset_index(tmp_path):
     assert sorted(looks) == [7, 14, 21, 28, 35, 42]
     assert looks[21] == looks[42] == "IWAE: Pareto k above 0.7"
     make_run(tmp_path, edit=spoil, min_ess=1.5, max_pareto_k=0.95)
-    assert len(load_run(str(tmp_path)).flags) == 3  # thresholds are the config's
+    assert len(load_run(tmp_path).flags) == 3  # thresholds are the config's
 
 
 def test_of_many_datapoints_to_look_at_the_page_names_the_first(tmp_path):
     make_run(tmp_path, min_ess=100.0)
     (line,) = [
         line
-        for line in tables.document([load_run(str(tmp_path))]).splitlines()
+        for line in tables.document([load_run(tmp_path)]).splitlines()
         if line.startswith("- AIS: effective")
     ]
     listed, _, more = line.partition(" and ")
@@ -264,7 +264,7 @@ def test_bounds_out_of_order_and_an_estimator_that_failed_are_said(tmp_path):
             row["iwae"] = None
 
     make_run(tmp_path, edit=spoil)
-    run = load_run(str(tmp_path))
+    run = load_run(tmp_path)
     assert any("Negative" in n and "amortization gap FFG" in n for n in run.notes)
     assert [f.text for f in run.flags] == ["IWAE is finite nowhere, left out"]
     assert "iwae" not in run.lines
@@ -278,7 +278,7 @@ def test_quadrature_is_a_line_without_monte_carlo_error(tmp_path):
         rows[4]["grid"] = None
 
     make_run(tmp_path, edit=add)
-    run = load_run(str(tmp_path))
+    run = load_run(tmp_path)
     assert {flag.text: flag.indices for flag in run.flags} == {
         "log p(x), grid is not finite at 1 of 40 datapoints, left out": [28],
         "log p(x), grid: difference of half the cells above 0.01 nats at 1 of 39 datapoints": [14],
@@ -295,7 +295,7 @@ def test_certificate_is_one_sentence(tmp_path):
     gap = [0.02, 0.10, 0.06, None]
     lines = [{"index": i, "lower": -90.0, "upper": g and -90 + g} for i, g in enumerate(gap)]
     (tmp_path / "bdmc.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    run = load_run(str(tmp_path))
+    run = load_run(tmp_path)
     assert "On simulated data the AIS bound is within 0.06 ± 0.02 nats" in run.notes[-1]
     assert run.flags[-1].indices == [3]
 
@@ -324,7 +324,7 @@ def test_bold_only_beyond_two_paired_standard_errors(tmp_path):
     make_run(tmp_path / "b", shift=0.05)  # ahead by 0.05 at every datapoint of 20 nats of spread
 
     def best(*names):
-        return tables.best_runs([load_run(str(tmp_path / name)) for name in names])
+        return tables.best_runs([load_run(tmp_path / name) for name in names])
 
     found = best("a", "b")
     assert found["ais"] == {1}
@@ -407,7 +407,7 @@ def check_latex(text):
 def latex_runs(tmp_path):
     make_run(tmp_path / "a", families=("gaussian", "full_gaussian"))
     make_run(tmp_path / "b", shift=0.5)
-    return [load_run(str(tmp_path / "a"), "50% {x} & #1_a\\^~$"), load_run(str(tmp_path / "b"))]
+    return [load_run(tmp_path / "a", "50% {x} & #1_a\\^~$"), load_run(tmp_path / "b")]
 
 
 def test_latex_is_well_formed(tmp_path):
@@ -464,7 +464,7 @@ def test_latex_passes_a_parser(tmp_path, num_runs):
 
 def test_a_bar_goes_from_the_elbo_over_the_local_bound_to_log_px(tmp_path):
     make_run(tmp_path, families=("gaussian", "full_gaussian"))
-    run = load_run(str(tmp_path))
+    run = load_run(tmp_path)
     gap = {n: line.mean for n, line in run.lines.items() if line.kind == "gap"}
     boundary = -gap["approximation_gap_gaussian"].mean
     for runs in ([run], [run, run._replace(name="other")]):
@@ -519,7 +519,7 @@ def test_a_family_that_is_far_off_is_an_arrow_and_leaves_the_bars_their_room(tmp
             row["local_full_gaussian"] -= 1000.0
 
     make_run(tmp_path, families=("gaussian", "full_gaussian"), edit=far_off)
-    run = load_run(str(tmp_path))
+    run = load_run(tmp_path)
     inference = run.lines["inference_gap"].mean.mean
     bound = run.lines["local_full_gaussian"].mean.mean
     axes = figures.gap_figure([run]).axes[0]
@@ -532,7 +532,7 @@ def test_a_family_that_is_far_off_is_an_arrow_and_leaves_the_bars_their_room(tmp
 
 def test_runs_on_other_data_have_an_axis_of_their_own(tmp_path):
     make_run(tmp_path)
-    run = load_run(str(tmp_path))
+    run = load_run(tmp_path)
     other = run._replace(name="other", settings=run.settings | {"data.name": "cifar10"})
     axes = figures.gap_figure([run, other, run]).axes
     assert [len(each.patches) for each in axes] == [4, 2]
@@ -541,7 +541,7 @@ def test_runs_on_other_data_have_an_axis_of_their_own(tmp_path):
 
 def test_figure_files_are_a_column_wide_and_repeatable(tmp_path):
     make_run(tmp_path)
-    run = load_run(str(tmp_path))
+    run = load_run(tmp_path)
     image = Image.open(io.BytesIO(figures.encode(figures.gap_figure([run]), "png")))
     assert image.width == pytest.approx(3.4 * 300, abs=1)
     pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
@@ -552,7 +552,7 @@ def test_figure_files_are_a_column_wide_and_repeatable(tmp_path):
     assert b"CreationDate" not in pdf
     assert pdf == figures.encode(figures.gap_figure([run, run]), "pdf")
     make_run(tmp_path, edit=lambda rows: rows.__delitem__(slice(1, None)))
-    one = load_run(str(tmp_path))  # one datapoint: its errors are NaN
+    one = load_run(tmp_path)  # one datapoint: its errors are NaN
     assert figures.encode(figures.gap_figure([one]), "png")
 
 
@@ -596,7 +596,7 @@ def test_curves_against_a_setting_have_a_line_for_each_kind(tmp_path):
         make_run(folder, own=own, families=(own,), shift=shift)
         gap = [{"index": i, "lower": -90.0, "upper": at * (0.1 + 0.01 * i) - 90} for i in range(3)]
         (folder / "bdmc.jsonl").write_text("".join(json.dumps(row) + "\n" for row in gap))
-        run = load_run(str(folder))
+        run = load_run(folder)
         runs.append(run._replace(settings=run.settings | {"evaluate.checkpoint": f"epoch_{at}"}))
     kinds = ("model.posterior.name",)
     figure = curves.curve_figure(runs, "evaluate.checkpoint", ("ais", "certificate"), kinds)
@@ -635,7 +635,7 @@ def test_steps_are_drawn_down_to_what_they_leave(tmp_path):
             row |= {"after_0_rnvp_encoded": row["local_rnvp"] - 2, "after_0_rnvp_encoded_se": 0.1}
 
     make_run(tmp_path, own="rnvp", families=("rnvp",), edit=add)
-    (axes,) = curves.step_figure([load_run(str(tmp_path), "flow")]).axes
+    (axes,) = curves.step_figure([load_run(tmp_path, "flow")]).axes
     lines = drawn_lines(axes)
     assert lines.keys() == {"flow: RNVP", "flow: RNVP, weights held"}
     assert lines["flow: RNVP"] == ([0, 3], pytest.approx([2, 0.5]))
@@ -729,7 +729,7 @@ def test_several_models_share_a_page():
 def test_posteriors_are_files_of_the_report(tmp_path, capsys):
     make_run(tmp_path)
     files.write_npz(tmp_path / "posteriors.npz", densities())
-    reports.report(str(tmp_path))
+    reports.report(tmp_path)
     assert ", posteriors.png, posteriors.pdf, report.html in" in capsys.readouterr().out
     image = Image.open(io.BytesIO((tmp_path / "posteriors.png").read_bytes()))
     assert image.width == pytest.approx(6.75 * 300, abs=1)
@@ -743,13 +743,13 @@ def test_posteriors_are_files_of_the_report(tmp_path, capsys):
     arrays = densities()  # as of a user's own images, [N, H, W]
     arrays["images"] = arrays["images"][..., 0]
     files.write_npz(tmp_path / "posteriors.npz", arrays)
-    reports.report(str(tmp_path))
+    reports.report(tmp_path)
     assert same == (tmp_path / "posteriors.png").read_bytes()
     whole = (tmp_path / "posteriors.npz").read_bytes()
     for torn in (whole[:1000], b""):
         (tmp_path / "posteriors.npz").write_bytes(torn)
         with pytest.raises(UserError, match=r"posteriors\.npz is torn .*evaluate the run again"):
-            reports.report(str(tmp_path))
+            reports.report(tmp_path)
 
 
 @pytest.mark.parametrize("missing", ["matplotlib", "log_px"])
@@ -764,7 +764,7 @@ def test_without_a_figure_the_tables_are_still_written(tmp_path, capsys, monkeyp
         make_run(tmp_path)
     else:
         make_run(tmp_path, edit=strip)
-    reports.report(str(tmp_path))
+    reports.report(tmp_path)
     assert (tmp_path / "table.tex").exists()
     assert not (tmp_path / "gaps.png").exists()
     assert "no figure (" in capsys.readouterr().out
@@ -799,7 +799,7 @@ def test_mistakes_are_one_sentence_and_write_nothing(tmp_path, spoil, said):
     make_run(tmp_path)
     spoil(tmp_path)
     with pytest.raises(UserError) as caught:
-        reports.report(str(tmp_path))
+        reports.report(tmp_path)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not any((tmp_path / name).exists() for name in FILES)
@@ -807,9 +807,9 @@ def test_mistakes_are_one_sentence_and_write_nothing(tmp_path, spoil, said):
 
 def test_the_order_of_the_rows_does_not_matter(tmp_path):
     make_run(tmp_path)
-    want = load_run(str(tmp_path))
+    want = load_run(tmp_path)
     make_run(tmp_path, edit=lambda rows: rows.reverse())  # as several workers may write them
-    got = load_run(str(tmp_path))
+    got = load_run(tmp_path)
     np.testing.assert_array_equal(got.indices, want.indices)
     np.testing.assert_array_equal(got.lines["ais"].values, want.lines["ais"].values)
 
@@ -819,7 +819,7 @@ def test_a_torn_last_row_and_rows_evaluated_twice(tmp_path):
     again = rows[5] | {"elbo": -300.0}
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write(json.dumps(again) + '\n{"index": 1000, "elbo": -9')
-    run = load_run(str(tmp_path))
+    run = load_run(tmp_path)
     assert run.indices.tolist() == [7 * n for n in range(N)]
     assert run.lines["elbo"].values[5] == -300
 

@@ -73,7 +73,7 @@ def test_the_readme_shows_the_main_table():
 
 def test_the_reproduction_is_measured_as_the_reproduction_measured_it():
     """Its own numbers, see ../shared/oracles/README.md, within the errors of both."""
-    run = make.loaded.load_run(str(RESULTS / "reproduction"))
+    run = make.loaded.load_run(RESULTS / "reproduction")
     mean = {name: line.mean for name, line in run.lines.items()}
     for name, value, error in (("elbo", -90.59, 0.01), ("log_px", -86.406, 0.004)):
         bound = 3 * np.hypot(mean[name].monte_carlo_error, error)
@@ -84,7 +84,7 @@ def test_the_reproduction_is_measured_as_the_reproduction_measured_it():
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: f"{e.experiment}-{e.cell}-{e.seed}")
 def test_bounds_are_in_order(entry):
     """L[q] <= L[q*] <= log p̂, within errors, and all of it is there."""
-    run = make.loaded.load_run(str(entry.folder), entry.cell)
+    run = make.loaded.load_run(entry.folder, entry.cell)
     assert len(run.measured.indices) == entry.facts["points"]
     assert not run.missing
     gaps = {name: line.mean for name, line in run.lines.items() if line.kind == "gap"}

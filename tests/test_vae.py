@@ -268,7 +268,7 @@ def test_the_target_says_what_its_likelihood_depends_on_z_by(make, shape, levels
         q, info = laplace_with_info(target, jnp.zeros(3))
 
         def pixels(z):
-            return vae.decode(variables, z).reshape(-1)
+            return target.outputs(z).reshape(-1)
 
         def log_px_given(pixels):
             return target.log_likelihood_of_outputs(pixels.reshape(*shape, -1))

@@ -26,7 +26,7 @@ _NO_GAPS = "it needs L[q], one L[q*] and IWAE or AIS of every run"
 _NAMES = {"bars": "gaps", "steps": "curves"}  # of a kind of figure's files
 
 
-def report(workdir: str, thresholds: Mapping[str, float] = MappingProxyType({})) -> None:
+def report(workdir: str | Path, thresholds: Mapping[str, float] = MappingProxyType({})) -> None:
     """Writes table.md, .csv, .tex, gaps.png, .pdf and report.html of one run into its workdir.
 
     Prints the table. Where evaluate.grid has left densities, posteriors.png and .pdf too.
@@ -40,7 +40,7 @@ def report(workdir: str, thresholds: Mapping[str, float] = MappingProxyType({}))
     """
     folder = Path(workdir)
     drawn = ["bars", *(["posteriors"] if (folder / records.POSTERIORS).exists() else [])]
-    run = load_run(workdir, thresholds=thresholds)
+    run = load_run(folder, thresholds=thresholds)
     _write([run], folder, [{"kind": kind} for kind in drawn], {"": folder})
 
 
@@ -101,7 +101,7 @@ def experiment(
     runs, folders, left_out = [], {}, {}
     for name, folder in evaluations.items():
         try:
-            runs.append(load_run(str(folder), name, thresholds))
+            runs.append(load_run(folder, name, thresholds))
             folders[runs[-1].name] = folder
         except UserError as error:
             left_out[name] = str(error)
@@ -132,7 +132,8 @@ def _write(
             return
         drawn = [_draw(runs, out, dict(figure), folders) for figure in figures]
         if folders.get("") == out:  # of one run, in its own folder
-            drawn.append(_write_page(runs[0], out))
+            page.write(out / "report.html", runs[0], read_shown(out, runs[0].measured.indices))
+            drawn.append("report.html")
     except OSError as error:
         if files.is_full(error):
             raise
@@ -208,10 +209,3 @@ def bars(runs: Sequence[LoadedRun]) -> Any:
     from infsub.report import figures
 
     return figures.gap_figure(runs)
-
-
-def _write_page(run: LoadedRun, folder: Path) -> str:
-    """Writes the page of a run into its folder, with the images that are there; the file's name."""
-    path = folder / "report.html"
-    page.write(path, run, read_shown(folder, run.measured.indices))
-    return path.name

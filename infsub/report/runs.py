@@ -117,7 +117,7 @@ def decomposed(
 
 
 def load_run(
-    workdir: str, name: str = "", thresholds: Mapping[str, float] = MappingProxyType({})
+    workdir: str | Path, name: str = "", thresholds: Mapping[str, float] = MappingProxyType({})
 ) -> LoadedRun:
     """The run in `workdir`, its bounds decomposed; `name` and config.report are its own unless given.
 

@@ -149,7 +149,7 @@ def load(folder: Path = HERE) -> dict[str, claims.Scales]:
         for scale in published.SCALES:
             for cell in dict(config_of(name).experiment.cells):
                 if entries := dict(sorted(found.get((name, scale, cell), {}).items())):
-                    runs = {n: loaded.load_run(str(e.folder), cell) for n, e in entries.items()}
+                    runs = {n: loaded.load_run(e.folder, cell) for n, e in entries.items()}
                     scales.setdefault(scale, {})[cell] = Cell(cell, scale, runs, entries)
         if scales:
             cells[name] = scales
@@ -446,7 +446,7 @@ def model_section(cells: dict[str, claims.Scales], folder: Path) -> Iterator[str
 
 def reproduction(folder: Path) -> str:
     """The reproduction's numbers beside ours, which are of the rows in `reproduction`."""
-    run = loaded.load_run(str(folder / "reproduction"), "reproduction")
+    run = loaded.load_run(folder / "reproduction", "reproduction")
     lines, k = run.lines, run.measured.columns[rows.IWAE.name].fields["pareto_k"]
     return REPRODUCTION.format(
         main=MAIN,
