@@ -192,8 +192,7 @@ class _Source(NamedTuple):
 def _ours(config: configs.Config, workdir: Path, run: dict[str, Any], root: Key) -> _Source:
     """The VAE that a run has trained, on its data or on what it simulates."""
     settings, dataset = config.evaluate, data.load_config(config.data)
-    initial = run["identified"].get("initial weights", "")
-    records.check_same(run, workdir, configs.identified(config, dataset.identity, initial))
+    records.check(config, workdir, run, data_identity=dataset.identity)
     variables, step = checkpoints.load_variables(workdir, settings.checkpoint)
     facts: dict[str, Any] = {"step": step, _WEIGHTS: imported.digest(variables)}
     variables = jax.device_put(variables)

@@ -297,7 +297,7 @@ def run(
         if mode == "run":
             files.say(f"nothing is trained: the weights are those of {config.init_from}.")
     elif mode == "report" and not config.model.imported:
-        records.check_config(config, workdir)
+        records.check(config, workdir, records.read_run(workdir))
     elif mode in ("run", "train"):
         with processes.joined(team):
             if mode == "run":

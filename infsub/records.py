@@ -172,25 +172,20 @@ def _is_imported(run: dict[str, Any]) -> bool:
     return isinstance(model, dict) and bool(model.get("imported"))
 
 
-def differences(config: configs.Config, run: dict[str, Any]) -> list[str]:
-    """What tells a config from that of a run, whose data and initial weights are taken as they are."""
+def differences(config: configs.Config, run: dict[str, Any], **given: str) -> list[str]:
+    """What tells a config from that of a run, each as one phrase.
+
+    given: `data_identity` and `init_identity`; one that is not given is taken as the run has it.
+    """
     before = configs.completed(run["identified"])
-    given = (before.get(name, "") for name in ("data identity", "initial weights"))
-    return configs.differences(before, configs.identified(config, *given))
+    named = {"data_identity": "data identity", "init_identity": "initial weights"}
+    theirs = {name: before.get(field, "") for name, field in named.items()}
+    return configs.differences(before, configs.identified(config, **(theirs | given)))
 
 
-def check_config(config: configs.Config, workdir: Path) -> None:
-    """Raises UserError where a config is not that of the run in `workdir`, by its settings alone."""
-    _refuse(workdir, differences(config, read_run(workdir)))
-
-
-def check_same(run: dict[str, Any], workdir: Path, identified: dict[str, Any]) -> None:
-    """Raises UserError where a config, as `configs.identified`, is not that of the run in `workdir`."""
-    _refuse(workdir, configs.differences(configs.completed(run["identified"]), identified))
-
-
-def _refuse(workdir: Path, differing: list[str]) -> None:
-    if differing:
+def check(config: configs.Config, workdir: Path, run: dict[str, Any], **given: str) -> None:
+    """Raises UserError where a config is not that of the run in `workdir`, as by `differences`."""
+    if differing := differences(config, run, **given):
         raise UserError(
             f"{workdir} is another config's: {'; '.join(differing)}. "
             "Give another --workdir, or the config it was made with."
@@ -351,14 +346,14 @@ def claim(
       UserError: another config's workdir, with the fields that differ; not writable. Nothing in it
         is changed then.
     """
-    identified = configs.identified(config, data_identity, init_identity)
+    given = {"data_identity": data_identity, "init_identity": init_identity}
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        identity = configs.identity(config, data_identity, init_identity)
+        identity = configs.identity(config, **given)
         done = None
         if (workdir / "config.json").exists():
             run = read_run(workdir, "identified", "identity")
-            check_same(run, workdir, identified)
+            check(config, workdir, run, **given)
             identity = run["identity"]  # an older revision's stays, for its checkpoints carry it
             trained = (workdir / "summary.json").exists()
             done = run if trained or (config.model.imported and is_measured(workdir)) else None
@@ -373,7 +368,7 @@ def claim(
             "steps_per_epoch": steps_per_epoch,
             "config": configs.to_json(config),
             "identity": identity,
-            "identified": identified,
+            "identified": configs.identified(config, **given),
             **made_by(done),
         }
         files.write_json(workdir / "config.json", facts)
