@@ -142,7 +142,7 @@ def _square(low: Array, high: Array) -> Window:
     return Window((low + high - width) / 2, width)
 
 
-def integrate(values: Array, window: Window) -> Quadrature:
+def integrate(window: Window, values: Array) -> Quadrature:
     """log ∫ exp(values) dz over the window, values [G, G] such as `log_joint_of_cells` -> Quadrature."""
     log_cell = 2 * (jnp.log(window.width) - math.log(values.shape[0]))
     total = bounds.log_sum_exp(values.ravel()) + log_cell
@@ -168,7 +168,7 @@ def log_px(target: Target, num_cells: int = 100) -> Quadrature:
     Raises ValueError as `find_window`; TypeError when a density returns no scalar.
     """
     window = find_window(target, num_cells)
-    return integrate(log_joint_of_cells(target, window, num_cells), window)
+    return integrate(window, log_joint_of_cells(target, window, num_cells))
 
 
 def draw(key: Key, q: Gaussian | Sampler, num_samples: int) -> Array:
@@ -183,7 +183,7 @@ def _draw(key: Key, sampler: Partial, num_samples: int) -> Array:
 
 
 @partial(jax.jit, static_argnames="num_cells")
-def histogram(z: Array, window: Window, num_cells: int) -> Array:
+def histogram(window: Window, z: Array, num_cells: int) -> Array:
     """The density of samples z [K, 2] on the window, [G, G]: 1 in all, less what lies outside.
 
     The only density there is of a family with an auxiliary variable.

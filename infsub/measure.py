@@ -193,7 +193,7 @@ def densities_of_datapoint(key: Key, point: Datapoint, settings: Settings) -> di
     zs = [grids.draw(k, q, _NUM_SAMPLES) for k, q in zip(keys, samplers, strict=True)]
     window = grids.find_window(target, settings.grid)
     log_joint = grids.log_joint_of_cells(target, window, settings.grid)
-    log_px = grids.integrate(log_joint, window).log_px
+    log_px = grids.integrate(window, log_joint).log_px
     # A q that misses the posterior is to be seen where it is.
     window = functools.reduce(grids.cover, zs, grids.zoom(window, log_joint, _BEYOND))
     return {
@@ -201,7 +201,7 @@ def densities_of_datapoint(key: Key, point: Datapoint, settings: Settings) -> di
         **window._asdict(),
         "truth": jnp.exp(grids.log_joint_of_cells(target, window, _NUM_CELLS) - log_px),
         "bounds": jnp.stack([bound.log_px for bound in bounds]),
-        "densities": jnp.stack([grids.histogram(z, window, _NUM_CELLS) for z in zs]),
+        "densities": jnp.stack([grids.histogram(window, z, _NUM_CELLS) for z in zs]),
     }
 
 

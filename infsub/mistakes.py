@@ -26,6 +26,7 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from infsub import files
@@ -132,6 +133,16 @@ def at(rows: np.ndarray) -> str:
     return f"at {files.first_few(np.sort(rows).tolist(), 5)}"
 
 
+def finite(tree: Any) -> np.ndarray:
+    """[N] of bool: at which datapoints all numbers of a pytree of arrays [N, …] are finite."""
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+    found = np.ones(len(leaves[0]), bool)
+    for leaf in leaves:
+        if jnp.issubdtype(leaf.dtype, jnp.inexact):
+            found &= np.isfinite(leaf).reshape(len(leaf), -1).all(axis=1)
+    return found
+
+
 def usable(pairs: Pair) -> tuple[Pair | None, list[Finding]]:
     """The pairs that statistics can be made of, None if there are too few; and what is amiss."""
     if not any(np.any(leaf) for leaf in jax.tree.leaves(pairs.varies)):
@@ -140,18 +151,16 @@ def usable(pairs: Pair) -> tuple[Pair | None, list[Finding]]:
             "p(x|z), noise included, not return its mean."
         )
         return None, [Finding("error", "fixed_x", sentence)]
-    finite = np.array(True)
-    for leaf in jax.tree.leaves(pairs):
-        finite = finite & np.isfinite(leaf).reshape(len(leaf), -1).all(axis=1)
-    if finite.all():
+    whole = finite(pairs)
+    if whole.all():
         return pairs, []
     sentence = (
         f"log_likelihood, log_prior, encode or a gradient of theirs is not finite for "
-        f"{count(int(np.sum(~finite)), 'simulated pair')} of {finite.size}: look for a logarithm "
+        f"{count(int(np.sum(~whole)), 'simulated pair')} of {whole.size}: look for a logarithm "
         "of 0 or an overflow."
     )
-    finding = Finding("error", "non_finite", sentence, float(np.sum(~finite)))
-    kept = jax.tree.map(lambda leaf: leaf[finite], pairs) if np.sum(finite) >= 20 else None
+    finding = Finding("error", "non_finite", sentence, float(np.sum(~whole)))
+    kept = jax.tree.map(lambda leaf: leaf[whole], pairs) if np.sum(whole) >= 20 else None
     return kept, [finding]
 
 

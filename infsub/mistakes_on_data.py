@@ -14,31 +14,37 @@ import jax
 import numpy as np
 from jax.tree_util import keystr
 
-from infsub.mistakes import NUM_ERRORS, Finding, Seen, Statistic, at, count, mean, ratio, wide
+from infsub.mistakes import (
+    NUM_ERRORS,
+    Finding,
+    Seen,
+    Statistic,
+    at,
+    count,
+    finite,
+    mean,
+    ratio,
+    wide,
+)
 from infsub.pairs import OnData, Pair
 
 
 def finite_rows(xs: Any) -> tuple[np.ndarray, list[Finding]]:
     """The positions of the datapoints without NaN or inf, and what is to be said of the others."""
-    finite = np.array(True)
-    for leaf in jax.tree.leaves(xs):
-        values = np.asarray(leaf)
-        if np.issubdtype(values.dtype, np.inexact):
-            finite = finite & np.isfinite(values).reshape(len(values), -1).all(axis=1)
-    finite = np.broadcast_to(finite, np.shape(jax.tree.leaves(xs)[0])[:1])
-    bad = np.flatnonzero(~finite)
+    whole = finite(xs)
+    bad = np.flatnonzero(~whole)
     if not bad.size:
-        return np.arange(finite.size), []
+        return np.arange(whole.size), []
     sentence = (
         f"{count(bad.size, 'datapoint')} of xs ({at(bad)}) "
         "contain NaN or infinite values: leave them out, or fill them in."
     )
-    return np.flatnonzero(finite), [Finding("error", "nan_input", sentence, bad.size)]
+    return np.flatnonzero(whole), [Finding("error", "nan_input", sentence, bad.size)]
 
 
 def encoder_outputs(outputs: np.ndarray, scale: np.ndarray, rows: np.ndarray) -> list[Finding]:
     """Of `encode_twice`: outputs [N, 2, M] and scale [N, D] of the datapoints at positions rows [N]."""
-    bad = np.flatnonzero(~np.isfinite(outputs).all(axis=(1, 2)))
+    bad = np.flatnonzero(~finite(outputs))
     if bad.size:
         sentence = (
             f"encode gives values that are not finite for {count(bad.size, 'datapoint')} "
@@ -102,18 +108,16 @@ def _bytes_like(leaf: Any) -> bool:
 
 def unfinished(on: OnData, rows: np.ndarray) -> tuple[OnData, list[Finding]]:
     """The datapoints whose ELBO and gradients are finite; and which are not."""
-    finite = np.array(True)
-    for leaf in jax.tree.leaves(on):
-        finite = finite & np.isfinite(leaf).reshape(len(leaf), -1).all(axis=1)
-    if finite.all():
+    whole = finite(on)
+    if whole.all():
         return on, []
     sentence = (
         f"the ELBO, or a gradient of log_likelihood or log_prior in z, is not finite for "
-        f"{count(int(np.sum(~finite)), 'datapoint')} of xs ({at(rows[~finite])}): look for a "
+        f"{count(int(np.sum(~whole)), 'datapoint')} of xs ({at(rows[~whole])}): look for a "
         "logarithm of 0 or an overflow."
     )
-    finding = Finding("error", "non_finite", sentence, float(np.sum(~finite)))
-    return jax.tree.map(lambda leaf: leaf[finite], on), [finding]
+    finding = Finding("error", "non_finite", sentence, float(np.sum(~whole)))
+    return jax.tree.map(lambda leaf: leaf[whole], on), [finding]
 
 
 def fit(on: OnData, data: Any, size: int) -> Seen:

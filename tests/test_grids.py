@@ -29,7 +29,7 @@ def quadratures(request):
         target = model.target(x)
         window = grids.find_window(target, G)
         values = grids.log_joint_of_cells(target, window, G)
-        integral, log_px = grids.integrate(values, window), grids.log_px(target, G)
+        integral, log_px = grids.integrate(window, values), grids.log_px(target, G)
         exact = model.log_px(x), *model.posterior(x)
         return exact, window, grids.centres(window, G), values, integral, log_px
 
@@ -127,7 +127,7 @@ def test_histogram_is_the_density_within_poisson_errors():
     def drawn(key):
         z = grids.draw(key, q, num_samples)
         log_q = jax.vmap(jax.vmap(lambda z: densities.normal(z, *q)))(grids.centres(window, G))
-        return z, grids.histogram(z, window, G), jnp.exp(log_q)
+        return z, grids.histogram(window, z, G), jnp.exp(log_q)
 
     z, histogram, density = jax.device_get(drawn(jax.random.key(0)))
     low, width = jax.device_get(window)
@@ -144,7 +144,7 @@ def test_a_histogram_leaves_out_what_lies_outside():
     window = grids.Window(jnp.array([1.0, 2.0]), jnp.asarray(4.0))
     z = jnp.array([[1.5, 2.5], [4.5, 2.5], [0.9, 3.0], [3.0, 6.1], [jnp.nan, 3.0]])
     # Of the first axis the first cell, then the second; both low on the second axis.
-    np.testing.assert_allclose(grids.histogram(z, window, 2), [[0.05, 0], [0.05, 0]])
+    np.testing.assert_allclose(grids.histogram(window, z, 2), [[0.05, 0], [0.05, 0]])
 
 
 def test_a_window_covers_samples_and_keeps_what_it_had():
