@@ -21,6 +21,7 @@ from infsub import (
     files,
     imported,
     locks,
+    provenance,
     records,
     rows,
     shards,
@@ -372,7 +373,7 @@ def _claim(
     run |= {"config": run["config"] | {"evaluate": settings.to_dict()}}
     if settings.name:  # else the file is the training's too
         same = before == used and records.is_measured(folder)
-        run |= records.made_by(files.read_json(folder / "config.json") if same else None)
+        run |= provenance.made_by(files.read_json(folder / "config.json") if same else None)
     files.write_json(folder / "config.json", run)
     files.write_json(folder / "evaluation.json", used | told)
     return folder

@@ -30,7 +30,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from infsub import compilations, experiments, files, processes, records, shards
+from infsub import compilations, experiments, files, processes, records, shards, status
 from infsub import config as configs
 from infsub.types import UserError
 
@@ -192,7 +192,7 @@ def main(_: list[str]) -> int:
         if MODE.value in ("run", "train", "evaluate") and team is None:
             find_device()
         if MODE.value == "status":
-            print(experiments.status(workdir) or records.status(workdir))
+            print(experiments.status(workdir) or status.of_run(workdir))
         elif "experiment" in (CONFIG.value or {}):
             if team:
                 raise UserError(

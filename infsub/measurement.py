@@ -16,7 +16,17 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from infsub import compilations, files, gaps, imported, records, rows, subjects, thumbnails
+from infsub import (
+    compilations,
+    files,
+    gaps,
+    imported,
+    provenance,
+    records,
+    rows,
+    subjects,
+    thumbnails,
+)
 from infsub import config as configs
 from infsub.datapoints import map_datapoints, number_of
 from infsub.keys import Stream, stream
@@ -141,7 +151,7 @@ class Measurement:
         path = folder / "rows.jsonl"
         if path.exists() and files.read_rows(path) != [files.finite(row) for row in self.rows]:
             raise UserError(f"{path} is another measurement's: give another folder.")
-        document = self._document | {"versions": records.versions()}
+        document = self._document | {"versions": provenance.versions()}
         files.write_json(folder / "config.json", document)
         if self.xs is not None:
             shown = {"indices": np.sort(self.columns[rows.INDEX])}

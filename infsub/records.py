@@ -1,4 +1,4 @@
-"""What a run writes down: its config, metrics as JSON lines and CSV, TensorBoard events, pictures.
+"""What a run writes down: its config, metrics as JSON lines and CSV, TensorBoard events, progress.
 
 `metrics.jsonl` is the source of truth and holds nothing that depends on the clock, so a resumed run
 writes the same bytes; speed and time left are in `progress.json`.
@@ -6,11 +6,7 @@ writes the same bytes; speed and time left are in `progress.json`.
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 import os
-import platform
-import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from infsub import compilations, files, shards
+from infsub import compilations, files, provenance, shards
 from infsub import config as configs
 from infsub.types import UserError
 
@@ -61,7 +57,6 @@ DENSITIES = {
 BARE_DENSITIES = {n: v for n, v in DENSITIES.items() if n != "images"} | {"indices": "N"}
 SHOWN = {"indices": "N", "images": "N…"}
 WORDS = {"indices": "N", "words": "N text"}
-PACKAGES = ("infsub", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "distrax")
 
 
 class Stopped(Exception):
@@ -205,45 +200,6 @@ def read_config(workdir: Path) -> configs.Config:
         raise UserError(f"{Path(workdir) / 'config.json'}: {error}") from error
 
 
-def status(workdir: Path) -> str:
-    """What a run has done and when it will be done, as a screen of text.
-
-    Raises:
-      UserError: there is no run in `workdir`.
-    """
-    run = read_run(workdir)
-    config, per_epoch = read_config(workdir), run["steps_per_epoch"]
-    model, train = config.model, config.train
-    what = f"{config.data.name}, {config.data.binarisation}, {config.data.levels} levels"
-    q = f"{model.posterior.name} posterior"
-    if model.imported:
-        what = what if run["levels"] else "of its own"
-        q = model.imported
-    lines = [
-        ("run", f"{workdir}, identity {run['identity']}"),
-        ("data", what),
-        ("model", f"{q}, z of {model.latent_dim} dimensions"),
-    ]
-    progress = files.read_json(workdir / "progress.json", PROGRESS)
-    if model.imported:
-        lines.append(("training", "none, it was trained elsewhere"))
-    elif progress is None:
-        lines.append(("training", "not begun"))
-    else:
-        epoch, ago = progress["done"] / per_epoch, time.time() - (progress["time"] or np.nan)
-        speed = progress["examples_per_second"] or np.nan
-        state = f"epoch {epoch:.4g} of {train.num_epochs}, {speed:.0f}"
-        lines.append(("training", f"{state} examples/s, last seen {files.duration(ago)} ago"))
-        left = progress["seconds_left"]  # None before it is known
-        if progress["done"] < progress["total"] and ago < 120 and left is not None:
-            end = time.strftime("%d %b %H:%M", time.localtime(time.time() + left))
-            lines.append(("time left", f"{files.duration(left)}, until {end}"))
-        lines += _status_of_seconds("time spent", progress)
-    for member, folder in configs.runs(config, workdir):
-        lines += _status_of_one(folder, f"seed {member.seed}", per_epoch)
-    return "\n".join(f"{name:<12}{text}" for name, text in lines)
-
-
 def missing(folder: Path) -> str:
     """What is not there yet of the evaluation in a folder, in words; "" when nothing is known to be.
 
@@ -266,10 +222,6 @@ def is_measured(folder: Path) -> bool:
     return bool(shards.paths(folder, "rows")) and not missing(folder)
 
 
-def _nats(value: Any) -> str:
-    return f"{value:.2f}" if isinstance(value, int | float) else "unknown"
-
-
 def spent(progress: dict[str, Any]) -> compilations.Spent | None:
     """Where the seconds that a progress file tells of went; None where it does not say."""
     try:
@@ -282,49 +234,6 @@ def continued(began: compilations.Spent, path: Path) -> compilations.Spent:
     """`began`, as much earlier as the processes before had spent by the progress file they left."""
     earlier = spent(files.read_json(path, PROGRESS) or {})
     return began.since(earlier) if earlier else began
-
-
-def _status_of_seconds(label: str, progress: dict[str, Any]) -> list[tuple[str, str]]:
-    found = spent(progress)
-    return [(label, str(found))] if found else []
-
-
-def _status_of_one(workdir: Path, label: str, per_epoch: int) -> list[tuple[str, str]]:
-    lines = [(label, "")]
-    for row in files.read_rows(workdir / "metrics.jsonl", EPOCH)[-1:]:
-        shown = {
-            "ELBO": "elbo",
-            "validation ELBO": "validation_elbo",
-            "validation IWAE": "validation_iwae",
-        }
-        text = ", ".join(
-            f"{text} {_nats(row[name])}" for text, name in shown.items() if name in row
-        )
-        lines.append(("", f"epoch {row['epoch']}: {text}"))
-    saved = sorted(int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdecimal())
-    if saved:
-        text = ", ".join(f"{step / per_epoch:.4g}" for step in saved)
-        lines.append(("", f"checkpoints at epochs {text}"))
-    if summary := files.read_json(workdir / "summary.json", SUMMARY):
-        lines.append(("", f"training {summary['ended']} at step {summary['step']}"))
-        if "test_elbo" in summary:
-            text = f"test ELBO {_nats(summary['test_elbo'])} ± {_nats(summary.get('test_elbo_se'))}"
-            lines.append(("", f"best at epoch {summary.get('best_epoch')}: {text}"))
-    named = sorted(path.parent for path in workdir.glob("*/evaluation.json"))
-    if not named or (workdir / "evaluation.json").exists():
-        named.insert(0, workdir)
-    return lines + [line for folder in named for line in _status_of_evaluation(folder, workdir)]
-
-
-def _status_of_evaluation(folder: Path, workdir: Path) -> list[tuple[str, str]]:
-    name = f"{folder.name}: " if folder != workdir else ""
-    num_rows, lacking = len(shards.read(folder, "rows")), missing(folder)
-    lines = [("", f"{name}{num_rows} datapoints evaluated{f', {lacking}' if lacking else ''}")]
-    for path in sorted(folder.glob("progress.evaluation*.json")):
-        lines += _status_of_seconds("evaluating", files.read_json(path, PROGRESS) or {})
-    tables = sorted(p.name for p in folder.glob("table.*"))
-    lines.append(("", f"{name}reported: {', '.join(tables)}" if tables else f"{name}not reported"))
-    return lines
 
 
 def claim(
@@ -369,7 +278,7 @@ def claim(
             "config": configs.to_json(config),
             "identity": identity,
             "identified": configs.identified(config, **given),
-            **made_by(done),
+            **provenance.made_by(done),
         }
         files.write_json(workdir / "config.json", facts)
     except OSError as error:
@@ -378,57 +287,3 @@ def claim(
         raise UserError(
             f"--workdir={workdir} cannot be written to ({error.strerror}): give another one."
         ) from error
-
-
-def made_by(done: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What a file says of the code and the machine that made its numbers; `done`: as this one says."""
-    now = {"versions": versions(), "git_revision": git_revision(), "machine": machine()}
-    return now if done is None else {name: done[name] for name in now if name in done}
-
-
-def versions() -> dict[str, str]:
-    """Python's and the main packages' versions."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "unknown"
-    return found
-
-
-def machine() -> str:
-    """The processor and its cores, or the accelerators: what took the time, not whose it is."""
-    import jax
-
-    devices = jax.local_devices()
-    if devices[0].platform != "cpu":
-        return f"{len(devices)} {devices[0].device_kind}"
-    cores = os.cpu_count()
-    with contextlib.suppress(AttributeError):  # not Linux
-        cores = len(os.sched_getaffinity(0))  # taskset and clusters give a process some of them
-    return f"{cores} core{'' if cores == 1 else 's'} of {processor()}"
-
-
-def processor() -> str:
-    """Its name, where Linux says it, else its kind."""
-    lines = []
-    with contextlib.suppress(OSError):  # not Linux
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def git_revision() -> str:
-    """The commit of the code, with "+" when it was changed since; "" outside a checkout."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
-        return ended.stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # else the checkout is another's
-        return git("describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*")
-    except (OSError, subprocess.SubprocessError):
-        return ""

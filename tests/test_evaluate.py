@@ -22,6 +22,7 @@ from infsub import (
     grids,
     locks,
     main,
+    provenance,
     records,
     shards,
     subjects,
@@ -347,7 +348,7 @@ def test_other_settings_do_not_mix(workdir):
     more = files.read_rows(workdir / "more" / "rows.jsonl")
     # What made them stays with them, until there are others.
     told = workdir / "more/config.json"
-    for lost, revision in ((0, "of old"), (1, records.git_revision())):
+    for lost, revision in ((0, "of old"), (1, provenance.git_revision())):
         files.write_json(told, files.read_json(told) | {"git_revision": "of old"})
         files.rewrite_rows(workdir / "more/rows.jsonl", more[lost:])
         again(workdir, iwae_samples=60, name="more")

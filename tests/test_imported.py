@@ -18,7 +18,7 @@ import pytest
 
 import infsub
 from infsub import config as configs
-from infsub import evaluate, files, imported, main, records, thumbnails
+from infsub import evaluate, files, imported, main, records, status, thumbnails
 from infsub.train import train
 from infsub.types import UserError
 
@@ -77,13 +77,13 @@ def test_it_is_reported(workdir):
     assert [point["label"] for point in points] == ["0", "1", "0", "1"]
     assert all(point["verdict"] and point["next"] for point in points)
     assert "4 values, mean" in (workdir / "report.html").read_text()
-    status = records.status(workdir)
+    shown = status.of_run(workdir)
     for line in (
         "data        of its own\n",
         "own_model:build, z of 2",
         "none, it was trained elsewhere",
     ):
-        assert line in status
+        assert line in shown
 
 
 def test_what_its_functions_raise_is_a_sentence(tmp_path):

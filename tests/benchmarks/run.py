@@ -17,7 +17,7 @@ from typing import Any
 
 import timing
 
-from infsub import files, records
+from infsub import files, provenance
 
 CACHE = "JAX_ENABLE_COMPILATION_CACHE"
 HELPERS = {"run", "timing"}
@@ -33,12 +33,12 @@ def machine() -> dict[str, Any]:
     )
     return {
         "date": datetime.date.today().isoformat(),
-        "processor": records.processor(),
+        "processor": provenance.processor(),
         "cores": os.cpu_count(),
         "devices": devices.stdout.strip(),
         "load": os.getloadavg()[0],
-        "versions": records.versions(),
-        "revision": records.git_revision(),
+        "versions": provenance.versions(),
+        "revision": provenance.git_revision(),
     }
 
 
