@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from infsub import densities, flows, linalg
+from infsub import densities, flows, linalg, placing
 from infsub.samplers import as_sampler, promoted
 from infsub.types import (
     Array,
@@ -387,7 +387,7 @@ def sylvester(
         return params
 
     def place(params: Params, q: Gaussian) -> Params:
-        steps, scale = flows.correlated_sylvester(params["encoded"]["steps"], q)
+        steps, scale = placing.correlated_sylvester(params["encoded"]["steps"], q)
         params = with_gaussian(params, Gaussian(q.mean, scale))
         return params | {"encoded": params["encoded"] | {"steps": steps}}
 
@@ -420,7 +420,7 @@ def rnvp(
         # y = (z − mean) / width has a precision of diagonal 1, and shears of a and b correlate it.
         narrow = factorised(q)
         inverse = linalg.inverse(q.scale / narrow.scale[:, None])
-        maps, scale = flows.shears(inverse.T @ inverse, half)
+        maps, scale = placing.shears(inverse.T @ inverse, half)
         factor = jnp.diag(scale)  # of y so far
         first, second, steps = slice(0, half), slice(half, None), list(params["shared"]["steps"])
 
@@ -428,7 +428,7 @@ def rnvp(
             spread = jnp.sqrt(jnp.sum(factor[seen] ** 2, axis=1))
             width, size = narrow.scale[seen] * spread, len(matrix)
             out = narrow.scale[moved, None] * matrix * spread
-            return flows.linear_net(
+            return placing.linear_net(
                 layers,
                 activation,
                 jnp.concatenate(
@@ -456,7 +456,7 @@ def rnvp(
         join=jnp.concatenate,
     )
     wide = (
-        num_steps >= flows.NUM_SHEARS and half > 0 and latent_dim - half <= min(hidden, default=0)
+        num_steps >= placing.NUM_SHEARS and half > 0 and latent_dim - half <= min(hidden, default=0)
     )
     return posterior._replace(place=place if wide else None)
 
@@ -560,7 +560,7 @@ def auxiliary(
         zeros, identity = jnp.zeros((latent_dim, latent_dim)), jnp.eye(latent_dim)
         means = jnp.diag(root / jnp.sqrt(1 + root**2))
         shared = params["shared"]
-        r = flows.linear_net(
+        r = placing.linear_net(
             shared["r"],
             activation,
             jnp.concatenate([rows, context], axis=1),
@@ -568,7 +568,7 @@ def auxiliary(
             jnp.concatenate([means, zeros]),
             jnp.concatenate([jnp.zeros(latent_dim), -jnp.log1p(root**2) / 2]),
         )
-        first = flows.linear_net(
+        first = placing.linear_net(
             shared["steps"][0]["first"],
             activation,
             jnp.concatenate([identity, context], axis=1),
