@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from infsub.ais import ADAPTATIONS
 from infsub.local import RULES
 from infsub.measure import AIS, AIS_STARTS, IWAE_STARTS, Settings
-from infsub.posteriors import FAMILIES
+from infsub.posteriors import FAMILIES, OWN, chosen_families
 from infsub.schedules import SCHEDULES
 from infsub.types import UserError, increasing_steps
 
@@ -96,7 +96,8 @@ NOT_NEGATIVE = Rule("at least 0", lambda value: 0 <= value < math.inf)
 SEED = Rule("from 0 to 2147483647", lambda value: 0 <= value < 2**31)
 NETWORK = one_of("mlp", "conv")
 FOLDER = Rule(
-    "a folder's name, of at most 100 of a-z A-Z 0-9 _ . and -, that no file or folder of the run has",
+    "the name of a folder that the run does not make itself, nor a file of that name, of at most 100 "
+    'letters, digits, ".", "-" and "_"',
     lambda value: value == "" or _is_folder(value),
 )
 CHECKPOINT = Rule(
@@ -107,7 +108,8 @@ IMPORTED = Rule(
     lambda value: value == "" or bool(re.fullmatch(r"[\w.]+:[\w.]+", value)),
 )
 FAMILY_NAMES = Rule(
-    f"a tuple of names among {', '.join(FAMILIES)}", lambda value: set(value) <= FAMILIES.keys()
+    f"a tuple of names among {', '.join([OWN, *FAMILIES])}",
+    lambda value: set(value) <= {OWN, *FAMILIES},
 )
 STEPS = Rule("increasing integers of at least 0, such as (0, 1, 3, 10), or ()", _increases)
 
@@ -207,7 +209,9 @@ FIELDS = {
         one_of(*AIS_STARTS),
     ),
     "evaluate.ais.adaptation": Field("pilot", "of the step sizes", one_of(*ADAPTATIONS)),
-    "evaluate.local.families": Field(("gaussian",), "whose L[q*] is found", FAMILY_NAMES),
+    "evaluate.local.families": Field(
+        (OWN, "gaussian"), "whose L[q*] is found; own: the encoder's", FAMILY_NAMES
+    ),
     "evaluate.local.preset": Field("fast", "the rule of optimisation", one_of(*RULES)),
     "evaluate.local.max_steps": Field(20_000, "who needs more is listed", POSITIVE),
     "evaluate.local.curve": Field((), "numbers of steps to take L[q] after", STEPS),
@@ -239,7 +243,7 @@ def listing() -> str:
     lines = []
     for name, field in FIELDS.items():
         choices = " | ".join(field.rule.choices) if field.rule else ""
-        lines.append(f"{f'{name}={field.default}':<38}{field.help}{choices and f' [{choices}]'}")
+        lines.append(f"{f'{name}={field.default}':<37} {field.help}{choices and f' [{choices}]'}")
         if name == "model.posterior.name":
             lines += [
                 f"model.posterior.* of {family}: "
@@ -304,6 +308,9 @@ def resolve(config: Config) -> Config:
             raise UserError(f"config.{name} is {value!r}; it must be {wanted}.")
     # No shell knows that the value of a flag is a path.
     config.update_from_flattened_dict({name: os.path.expanduser(values[name]) for name in _PATHS})
+    if not config.model.imported:  # whose encoder says it when it is there
+        own = config.model.posterior.name
+        config.evaluate.local.families = chosen_families(config.evaluate.local.families, own)
     last_seed = config.seed + config.train.num_seeds - 1
     if not SEED.holds(last_seed):
         raise UserError(

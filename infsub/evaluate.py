@@ -31,6 +31,7 @@ from infsub import (
 from infsub import config as configs
 from infsub.datapoints import few_sizes, map_datapoints
 from infsub.keys import Stream, stream
+from infsub.posteriors import chosen_families
 from infsub.shards import WHOLE, Shard
 from infsub.subjects import Subject
 from infsub.types import Key, UserError
@@ -232,6 +233,7 @@ def _theirs(config: configs.Config, root: Key) -> _Source:
     if settings.grid and model.latent_dim != 2:
         raise UserError(f"config.evaluate.grid needs a z of 2; the model's is {model.latent_dim}.")
     facts = {"params and xs": found.identity}
+    settings = settings.copy_and_resolve_references().unlock()
     if xs is None:
         dataset = data.load_config(config.data)
         points = _points_of(dataset.split(settings.split), dataset.levels, root)
@@ -239,9 +241,7 @@ def _theirs(config: configs.Config, root: Key) -> _Source:
     else:
         facts[records.DATA] = imported.digest(xs)
         if settings.per_class == configs.default().evaluate.per_class:  # nobody asked for so many
-            settings = settings.copy_and_resolve_references()
-            with settings.unlocked():
-                settings.per_class = 0
+            settings.per_class = 0
 
         def at(block: np.ndarray) -> Any:
             return jax.tree.map(lambda leaf: np.asarray(leaf)[block], xs)
@@ -254,7 +254,8 @@ def _theirs(config: configs.Config, root: Key) -> _Source:
     own, stated = subjects.family_of(model, params, first), config.model.posterior.name
     if not own and stated != "gaussian":  # the default states nothing
         own = stated
-    return _Source(subject, params, own, points, facts, settings)
+    settings.local.families = chosen_families(settings.local.families, own)
+    return _Source(subject, params, own, points, facts, settings.lock())
 
 
 def _drawn(config: configs.Config, dataset: data.Dataset) -> dict[str, str]:

@@ -51,7 +51,7 @@ class Settings(NamedTuple):
       ais: of every run of it, the certificate's too.
       ais_start: what AIS anneals from: "posterior", q(z|x) or the Gaussian of its moments; "laplace",
         mode and curvature, found from there; "local", the q* of the first family; "prior".
-      families: of local inference.
+      families: of local inference; of "own", the encoder's, `measure` makes its name.
       preset, max_steps: its rule.
       curve: numbers of local steps to take L[q] after; (): none.
       grid: cells a side of the quadrature of log p(x), where z is a plane; 0: none.
@@ -62,7 +62,7 @@ class Settings(NamedTuple):
     iwae_start: str = "posterior"
     ais: AIS = AIS()
     ais_start: str = "laplace"
-    families: tuple[str, ...] = ("gaussian",)
+    families: tuple[str, ...] = (posteriors.OWN, "gaussian")
     preset: str = "fast"
     max_steps: int = 20_000
     curve: tuple[int, ...] = ()

@@ -21,6 +21,7 @@ from infsub import (
     files,
     gaps,
     imported,
+    posteriors,
     provenance,
     records,
     rows,
@@ -252,8 +253,8 @@ def measure(
       model: a Model, functions of ONE datapoint; z is flat [D].
       params: of the model's functions.
       xs: a pytree of arrays [N, …], covariates included.
-      families: of local inference, names in `posteriors.FAMILIES`, or one of them; (): none, and no
-        split of the gap. None: those of the settings.
+      families: of local inference, names in `posteriors.FAMILIES`, or one of them; "own" is the
+        encoder's. (): none, and no split of the gap. None: those of the settings, own and FFG.
       num_certified: datapoints that the model simulates to certify AIS on from both sides; it needs
         sample_x, and sample_prior where there is a log_prior.
       block_size: datapoints at a time, at most; None: as the device likes.
@@ -288,8 +289,7 @@ def measure(
     compilations.keep()
     settings = settings or Settings()
     families = settings.families if families is None else families
-    families = (families,) if isinstance(families, str) else tuple(families)
-    settings = settings._replace(families=families)
+    families = (families,) if isinstance(families, str) else families
     subject = subjects.of_model(model)
     if num_certified and subject.simulate is None:
         raise ValueError(
@@ -305,6 +305,7 @@ def measure(
     if images is not None and number_of(images) != num_points:
         raise ValueError(f"images must be N={num_points}; got {number_of(images)}")
     own = own or subjects.family_of(model, params, jax.tree.map(lambda leaf: leaf[0], xs))
+    settings = settings._replace(families=posteriors.chosen_families(families, own))
     num_chains = settings.ais.num_chains
     block_size, chunk_size = subjects.sizes(num_points, num_chains, block_size or 0)
 

@@ -658,3 +658,10 @@ FAMILIES = {
         auxiliary=True,
     ),
 }
+OWN = "own"  # among the families of local inference, the encoder's
+
+
+def chosen_families(names: Sequence[str], own: str) -> tuple[str, ...]:
+    """`names` with the encoder's family for OWN, FFG where it is none of FAMILIES; each once."""
+    found = own if own in FAMILIES else "gaussian"
+    return tuple(dict.fromkeys(found if name == OWN else name for name in names))

@@ -14,7 +14,7 @@ from models import linear_gaussian
 
 import infsub
 from infsub import hmc, schedules
-from infsub.ais import _authors, checked_settings, pilot_size, prepare, start_chains
+from infsub.ais import _authors, checked_plan, pilot_size, prepare, start_chains
 from infsub.types import Gaussian, Target
 
 
@@ -208,7 +208,7 @@ def test_the_measuring_run_takes_what_the_pilot_has_frozen(schedule):
     model = linear_gaussian(3, 6)
     _, xs = simulate(model, 1)
     target, q, sizes = model.target(xs[0]), wrong(model.best_gaussian(xs[0]), 2.0), (8, 20, 2)
-    key, settings = jax.random.key(0), checked_settings(q, *sizes, schedule, None)
+    key, settings = jax.random.key(0), checked_plan(q, *sizes, schedule, None)
     frozen = jax.jit(prepare)(jax.random.split(key)[0], target, q, settings)
     _, info = infsub.ais_with_info(key, target, q, *sizes, schedule)
     np.testing.assert_allclose(info.step_sizes, frozen.step_sizes, rtol=1e-5)

@@ -180,6 +180,7 @@ def test_jobs_here_have_the_gpus_that_are_theirs(tmp_path, monkeypatch, visible,
     assert {(tmp_path / f"job{i}").read_text() for i in range(2)} == seen
 
 
+@pytest.mark.filterwarnings("ignore:os.fork")  # here jax is in the process
 def test_a_cancelled_job_is_not_queued_again(tmp_path, monkeypatch):
     squeue = tmp_path / "squeue"
     squeue.write_text('#!/bin/sh\necho "$@" | grep -q -e "--jobs=8" && echo 8\n')

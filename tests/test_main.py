@@ -143,7 +143,7 @@ MISTAKES = {
     ),
     "family": (
         ["W", QUICK, "--config.evaluate.local.families=('iaf',)"],
-        r"families is \('iaf',\); it must be a tuple of names among gaussian",
+        r"families is \('iaf',\); it must be a tuple of names among own, gaussian",
     ),
     "folder": (
         ["W", QUICK, "--config.evaluate.name=../outside"],

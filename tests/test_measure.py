@@ -95,7 +95,7 @@ def test_no_field_of_the_config_is_lost_on_the_way_to_the_settings():
     before = dict(configs.flatten(evaluate))
     evaluate.update_from_flattened_dict(CHANGED)
     assert all(before[name] != value for name, value in CHANGED.items())
-    told = configs.of_settings(configs.measured(evaluate, 500))
+    told = configs.of_settings(configs.measured(evaluate))
     assert dict(configs.flatten(told)) == CHANGED
 
 
@@ -118,10 +118,10 @@ def test_every_setting_reaches_its_estimator(monkeypatch):
         record(name)
     of_ais = {"num_chains": 2, "num_temperatures": 3, "num_leapfrog": 4, "schedule": "power"}
     authors = AIS(**of_ais, adaptation="authors")
-    settings = Settings(7, 8, chunk_size=3, preset="thorough", max_steps=5, curve=(0, 1))
+    settings = Settings(7, 8, families=("gaussian",), preset="thorough", max_steps=5, curve=(0, 1))
     row, certificate = (settings._replace(ais=each) for each in (authors, AIS(**of_ais)))
     key, x = jax.random.key(0), jnp.zeros(5)
-    jax.eval_shape(lambda: bounds(key, x, settings=row))
+    jax.eval_shape(lambda: bounds_of_datapoint(key, point_of(x), row, chunk_size=3))
     jax.eval_shape(lambda: certified(key, None, settings=certificate))
     wanted = {
         "elbo": {"num_samples": 7},
@@ -129,7 +129,7 @@ def test_every_setting_reaches_its_estimator(monkeypatch):
         "ais": authors._asdict(),
         "bdmc": of_ais,
         "optimize_local": {"rule": "thorough", "max_steps": 5},
-        "local_curve": {"steps": (0, 1), "rule": "thorough", "num_samples": 7},
+        "local_curve": {"steps": (0, 1), "rule": "thorough", "num_final_samples": 7},
     }
     assert {name: {k: taken[name][k] for k in said} for name, said in wanted.items()} == wanted
 
