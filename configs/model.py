@@ -24,5 +24,5 @@ def get_config(arg: str | None = None) -> Config:
     config.data.name = chosen["dataset"]
     config.update_from_flattened_dict(at_scale(chosen["scale"], chosen["dataset"]))
     config.model.posterior = posterior(chosen["posterior"])
-    config.evaluate.local.families = ("own", "gaussian", "auxiliary")
+    config.evaluate.local.families = ("gaussian", "auxiliary", "own")
     return config

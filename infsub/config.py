@@ -96,8 +96,8 @@ NOT_NEGATIVE = Rule("at least 0", lambda value: 0 <= value < math.inf)
 SEED = Rule("from 0 to 2147483647", lambda value: 0 <= value < 2**31)
 NETWORK = one_of("mlp", "conv")
 FOLDER = Rule(
-    "the name of a folder that the run does not make itself, nor a file of that name, of at most 100 "
-    'letters, digits, ".", "-" and "_"',
+    "the name of a folder that the run does not make itself, and no file's (.json, .csv and so on), of at "
+    'most 100 letters, digits, ".", "-" and "_"',
     lambda value: value == "" or _is_folder(value),
 )
 CHECKPOINT = Rule(

@@ -149,9 +149,8 @@ def _evaluate(
     first = indices[place]
     if len(everything) == len(indices) and first.size:  # the last shard draws them
         arrays = {"indices": first, "families": [source.own, *settings.local.families]}
-        pictures = points.shown(indices).get("images")
-        arrays |= {} if pictures is None else {"images": pictures[place] / 255}
-        arrays |= {} if points.labels is None else {"labels": points.labels[first]}
+        shown = files.read_npz(folder / records.IMAGES, records.SHOWN, records.WORDS)
+        arrays |= {"images": shown["images"][place] / 255} if "images" in shown else {}
         arrays |= mapped(subjects.pictures, key_rows, points.at(first), first)
         files.write_npz(folder / records.POSTERIORS, arrays)
     return bad
@@ -240,8 +239,9 @@ def _theirs(config: configs.Config, root: Key) -> _Source:
         facts |= _drawn(config, dataset)
     else:
         facts[records.DATA] = imported.digest(xs)
-        if settings.per_class == configs.default().evaluate.per_class:  # nobody asked for so many
-            settings.per_class = 0
+        chosen = settings.first or settings.indices_file
+        if not chosen and settings.per_class == configs.default().evaluate.per_class:
+            settings.per_class = 0  # nobody asked for so many
 
         def at(block: np.ndarray) -> Any:
             return jax.tree.map(lambda leaf: np.asarray(leaf)[block], xs)
@@ -360,7 +360,8 @@ def _claim(
     before = files.read_json(folder / "evaluation.json")
     if before is not None:
         before = {name: value for name, value in before.items() if name not in _TOLD}
-        before = _used(configs.default().evaluate) | before  # with what was added since
+        since = {name: facts[name] for name in (records.DATA,) if name in facts}
+        before = _used(configs.default().evaluate) | since | before  # with what was added since
     if before is not None and before != used and shards.read(folder, "rows"):
         raise UserError(
             f"{' and '.join(map(str, shards.paths(folder, 'rows')))} was made with other settings: "

@@ -122,8 +122,10 @@ def parse(argv: list[str]) -> list[str]:
         sys.exit(2)
 
 
-def config_of(arguments: Sequence[str]) -> configs.Config:
-    """The config that the command has with these arguments; what this process was given does not change.
+def config_of(arguments: Sequence[str]) -> tuple[configs.Config, list[str]]:
+    """The config that the command has with these arguments, and the fields that they set.
+
+    What this process itself was given does not change.
 
     Raises:
       UserError: a mistake in any of them.
@@ -133,7 +135,7 @@ def config_of(arguments: Sequence[str]) -> configs.Config:
         delattr(values, name)
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     _parse(argv, values)
-    return values["config"].value
+    return values["config"].value, list(config_flags.get_override_values(values["config"]))
 
 
 def _parse(argv: list[str], values: flags.FlagValues) -> None:

@@ -75,9 +75,8 @@ class Member:
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Checkpoints this member's state, without waiting for the disk."""
         self.progress["step"] = np.asarray(step)
-        files.sync(
-            self.workdir / "metrics.jsonl"
-        )  # a checkpoint is not to be there without its epochs
+        # A checkpoint is not to be there without its epochs.
+        files.sync(self.workdir / "metrics.jsonl")
         self.checkpoints.save(step, state | {"progress": self.progress})
         self.write_csv()
         if self._board is not None:

@@ -283,11 +283,8 @@ def _evaluation(source: Path, target: Path) -> dict[Path, bytes]:
             contents[target / f"{stem}.jsonl.gz"] = gzip.compress(lines.encode(), 9, mtime=0)
     layouts = records.DENSITIES, records.BARE_DENSITIES
     if arrays := files.read_npz(source / records.POSTERIORS, *layouts):
-        for name in arrays.keys() & {
-            "images",
-            "truth",
-            "densities",
-        }:  # three digits, for a picture: half the bytes
+        # Three digits, for a picture: half the bytes.
+        for name in arrays.keys() & {"images", "truth", "densities"}:
             bits = arrays[name].astype(np.float32).view(np.uint32) & np.uint32(0xFFFFE000)
             arrays[name] = bits.view(np.float32)
         contents[target / records.POSTERIORS] = files.npz_bytes(arrays)

@@ -60,8 +60,8 @@ def _is_cancelled() -> bool:
         return False
     asked = ["squeue", "--noheader", "--format=%i", "--states=CANCELLED", f"--jobs={job}"]
     try:
-        return bool(subprocess.run(asked, capture_output=True, text=True).stdout.strip())
-    except OSError:
+        return bool(subprocess.run(asked, capture_output=True, text=True, timeout=5).stdout.strip())
+    except (OSError, subprocess.TimeoutExpired):
         return False
 
 
@@ -169,12 +169,13 @@ def _kind(arguments: Sequence[str], folder: Path) -> tuple[str, list[Path]]:
     Raises:
       SystemExit: a mistake that every job of it would end with.
     """
-    from infsub import config, main, published  # jax, flax and orbax: not for --help
+    from infsub import config, experiments, main, published  # jax, flax and orbax: not for --help
     from infsub.types import UserError
 
     try:
-        given = main.config_of(arguments)
+        given, fields = main.config_of(arguments)
         if "experiment" in given:
+            experiments.expand(given, folder, fields)
             return "experiment", []
         resolved = config.resolve(given)
         trained = resolved.model.imported or published.is_trained(resolved)
@@ -188,7 +189,9 @@ def parameters(given: argparse.Namespace) -> dict[str, Any]:
     """What submitit asks the cluster for, for every job; here there is nobody to ask, and no end."""
     if given.cluster == "local":
         return {"timeout_min": 10 * 365 * 24 * 60}
-    options = {name.replace("_", "-"): value for name, value in given.slurm}
+    # submitit writes an underscore as a dash; of its own names these take the place.
+    options = {name.replace("-", "_"): value for name, value in given.slurm}
+    cpus = options.get("cpus_per_task", given.cpus)
     return {
         "timeout_min": given.minutes,
         "gpus_per_node": given.gpus,
@@ -196,7 +199,7 @@ def parameters(given: argparse.Namespace) -> dict[str, Any]:
         "mem_gb": given.memory,
         "slurm_signal_delay_s": 120,
         # Of its own accord the srun of SLURM 22.05 to 23.02 takes one core a task.
-        "slurm_srun_args": [f"--cpus-per-task={given.cpus}"],
+        "slurm_srun_args": [f"--cpus-per-task={cpus}"],
         "slurm_additional_parameters": {"requeue": True, **options},
     }
 

@@ -59,6 +59,27 @@ def changed(fields):
     return made
 
 
+@pytest.mark.parametrize(
+    ("own", "names", "families"),
+    [
+        ("gaussian", ("own", "gaussian"), ("gaussian",)),
+        ("rnvp", ("own", "gaussian"), ("rnvp", "gaussian")),
+        ("auxiliary", ("gaussian", "auxiliary", "own"), ("gaussian", "auxiliary")),
+        ("planar", (), ()),
+    ],
+)
+def test_the_encoders_own_family_is_named(own, names, families):
+    fields = {"model.posterior": {"name": own}, "evaluate.local.families": names}
+    made = config.default().unlock()
+    made.update_from_flattened_dict(fields)
+    assert config.resolve(made).evaluate.local.families == families
+
+
+def test_of_an_imported_model_the_encoder_names_it():
+    fields = {"model.imported": "my_module:build", "evaluate.local.families": ("own",)}
+    assert config.resolve(changed(fields)).evaluate.local.families == ("own",)
+
+
 @pytest.mark.parametrize(("name", "value"), BAD, ids=lambda value: repr(value)[:20])
 def test_a_value_that_nothing_could_use_is_named(name, value):
     with pytest.raises(UserError) as error:

@@ -113,6 +113,8 @@ def test_the_family_is_the_encoders_own(workdir, tmp_path, name, stated, own):
     config.model.posterior = {"name": stated}
     source = evaluate._theirs(config, jax.random.key(0))
     assert source.own == own
+    families = (own or "gaussian", "gaussian")
+    assert source.settings.local.families == tuple(dict.fromkeys(families))
     copy = shutil.copytree(workdir, tmp_path / "run")
     found = files.read_json(copy / "evaluation.json")
     files.write_json(copy / "evaluation.json", found | {records.OWN: own})
@@ -196,7 +198,6 @@ def test_other_weights_do_not_mix(workdir):
     files.write_json(workdir / "evaluation.json", found)
 
 
-@pytest.mark.slow
 def test_pixels_that_a_seed_draws_are_other_data():
     """Not the very same datapoints, and so not paired."""
     config = small("own_model:of_images", bdmc={"num_points": 0}).unlock()
@@ -209,6 +210,7 @@ def test_pixels_that_a_seed_draws_are_other_data():
     assert np.any(found[0][1] != found[1][1])
 
 
+@pytest.mark.slow
 def test_it_may_be_of_our_data(tmp_path):
     run(small("own_model:of_images", bdmc={"num_points": 0}), tmp_path / "run")
     measured = infsub.load(tmp_path / "run")

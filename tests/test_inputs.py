@@ -528,7 +528,7 @@ def test_cells_and_experiments_cannot_leave_the_workdir(tmp_path, name):
         experiments.experiment(name, "?", {"a": {}}),
         experiments.experiment("e", "?", {name: {}}),
     ):
-        with pytest.raises(experiments.UserError, match="must be a folder's name"):
+        with pytest.raises(experiments.UserError, match="must be the name of a folder"):
             experiments.expand(named, tmp_path)
 
 

@@ -12,9 +12,8 @@ from infsub import provenance
 
 def test_the_revision_is_of_infsubs_own_checkout(monkeypatch):
     assert re.fullmatch(r"[0-9a-f]{40}\+?", provenance.git_revision())
-    installed = Path(provenance.__file__).with_name(
-        "installed.py"
-    )  # in another's checkout, not of it
+    # In another's checkout, and not of it.
+    installed = Path(provenance.__file__).with_name("installed.py")
     monkeypatch.setattr(provenance, "__file__", str(installed))
     assert provenance.git_revision() == ""
 

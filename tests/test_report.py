@@ -624,7 +624,8 @@ def test_curves_are_of_the_encoders_own_family_or_say_what_is_missing(tmp_path):
     ((_, heights),) = drawn_lines(axes).values()
     assert heights == [run.lines["amortization_gap_auxiliary"].mean.mean]
     make_run(tmp_path, own="auxiliary")
-    assert "no run has amortization_gap" in reports.draw([load_run(str(tmp_path))], figure, {})
+    said = reports.draw([load_run(str(tmp_path))], figure, {})
+    assert said == "no figure (no run has amortization gap AF)"
 
 
 def test_steps_are_drawn_down_to_what_they_leave(tmp_path):

@@ -255,6 +255,8 @@ def batch(images: Images, indices: Array, key: Key | None = None) -> Array:
 def subset(split: Split, first: int | None = None, per_class: int | None = None) -> np.ndarray:
     """Rows of a split, ascending [n]: the first n, or the first n of each class.
 
+    A label that is None or NaN is of no class.
+
     Raises:
       UserError: not exactly one of the two is given; fewer than n rows; per_class without labels.
     """
@@ -271,11 +273,14 @@ def subset(split: Split, first: int | None = None, per_class: int | None = None)
     known = [label is not None and label == label for label in split.labels.tolist()]  # NaN is not
     names = np.where(known, split.labels.astype(str), "")
     rows = [np.flatnonzero(known & (names == name)) for name in np.unique(names[known])]
-    fewest = min(map(len, rows), default=0)
+    if not rows:
+        raise UserError(
+            "no datapoint here has a label, so no per-class subset: ask for the first n."
+        )
+    fewest = min(map(len, rows))
     if per_class is None or not 1 <= per_class <= fewest:
         raise UserError(
-            f"per_class must be 1 to {fewest}, the smallest class here, or 0 with first=n or for all; got "
-            f"{per_class}."
+            f"per_class must be 1 to {fewest}, the smallest class here; got {per_class}."
         )
     return np.sort(np.concatenate([row[:per_class] for row in rows]))
 

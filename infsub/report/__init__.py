@@ -189,8 +189,8 @@ def draw(runs: Sequence[LoadedRun], figure: Mapping[str, Any], folders: Mapping[
             if not densities:
                 return "no figure (it needs config.evaluate.grid, and points with finite bounds)"
             return pictures.picture_figure(densities, figures.seeds(runs))
-        case _ if not curves.has_lines(runs, options["y"]):
-            return f"no figure (no run has {' or '.join(options['y'])})"
+        case _ if missing := curves.missing(runs, options["y"]):
+            return f"no figure (no run has {missing})"
         case _:
             return curves.curve_figure(runs, **options)
 

@@ -77,9 +77,10 @@ _AXES = {
 }
 
 
-def has_lines(runs: Sequence[LoadedRun], y: Sequence[str]) -> bool:
-    """Whether any run has a quantity of `y`."""
-    return any(_of_run(run, name) in run.lines for run in runs for name in y)
+def missing(runs: Sequence[LoadedRun], y: Sequence[str]) -> str:
+    """The quantities of `y` in words, where no run has one; else ""."""
+    there = any(_of_run(run, name) in run.lines for run in runs for name in y)
+    return "" if there else " or ".join(_title(runs, name) for name in y)
 
 
 def _of_run(run: LoadedRun, name: str) -> str:

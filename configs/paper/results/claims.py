@@ -15,7 +15,7 @@ from infsub import gaps
 from infsub.report.runs import LoadedRun, difference
 from infsub.rows import AMORTIZATION, APPROXIMATION, LOG_PX, family_label
 
-Scales = Mapping[str, Mapping[str, Any]]  # {scale: {cell: make.Cell}}, the largest first
+Scales = Mapping[str, Mapping[str, Any]]  # {scale: {cell: make.Cell}}, in SCALES' order
 Cells = Mapping[str, Scales]  # {experiment: Scales}
 Runs = Callable[[str, str], "LoadedRun | None"]  # (experiment, cell) -> its run of one seed
 
