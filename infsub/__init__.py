@@ -11,11 +11,14 @@ The examples in docstrings begin with
 - `elbo` is what training sees: a bound as loose as q is wrong, KL(q‖p) nats.
 - `iwae` is cheap and enough where q is good (Pareto k below 0.5). Its bias falls as Var(w)/2K, which at
   50 dimensions of z no K makes small for an encoder's q; from `laplace` it is a fair second witness.
-- `ais` is the one to publish: from `laplace` with 16 chains, 25 temperatures and 5 leapfrog steps by
-  default. Where its certificate is too wide double the temperatures, and only then the chains.
+- `ais` is the one to publish. `measure` and the command run it from `laplace` with 16 chains, 25
+  temperatures and 5 leapfrog steps, `ais(key, target, laplace(target), 16, 25, 5)`; by itself it takes
+  100 of 10 from the prior. Where its certificate is too wide double the temperatures, and only then the
+  chains.
 - `optimize_local` is for gaps: the family's own best, L[q*], where no encoder is to blame. `gaussian` and
-  `full_gaussian` take natural steps and a tenth of a second; flows and `auxiliary` start where the full
-  Gaussian ends. "authors" is the paper's rule, for comparisons with it.
+  `full_gaussian` take natural steps and a tenth of a second; `rnvp`, `auxiliary` and `sylvester` start
+  where the full Gaussian ends, `planar` and `hamiltonian` where FFG does. "authors" is the paper's rule,
+  for comparisons with it.
 
 ## Reading the diagnostics
 

@@ -84,7 +84,7 @@ def elbo(key: Key, target: Target, q: Gaussian | Sampler | Any, num_samples: int
     Args:
       key: of this datapoint.
       target: p(z) p(x|z) for one x.
-      q: Gaussian(mean [D], scale [D] or [D, D]), or a sampler key -> (z [D], log_q []).
+      q: Gaussian(mean [D], scale [D] or [D, D]), a sampler key -> (z [D], log_q []), or a distribution.
       num_samples: K.
 
     Returns:
@@ -164,7 +164,7 @@ def iwae(
     Args:
       key: of this datapoint.
       target: p(z) p(x|z) for one x.
-      q: Gaussian(mean [D], scale [D] or [D, D]), or a sampler key -> (z [D], log_q []).
+      q: Gaussian(mean [D], scale [D] or [D, D]), a sampler key -> (z [D], log_q []), or a distribution.
       num_samples: K.
       chunk_size: samples at a time.
 

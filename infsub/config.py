@@ -186,9 +186,11 @@ FIELDS = {
         one_of("train", "validation", "test", "model"),
     ),
     "evaluate.per_class": Field(
-        10, "points of each class; 0: not so; 10 of own data: all", NOT_NEGATIVE
+        10, "points of each class; 0: see first; own data: 10 means all", NOT_NEGATIVE
     ),
-    "evaluate.first": Field(0, "n points; 0, and 0 per class: all", NOT_NEGATIVE),
+    "evaluate.first": Field(
+        0, "the first n points; all where this and per_class are 0", NOT_NEGATIVE
+    ),
     "evaluate.indices_file": Field("", "of indices into the split, one a line"),
     "evaluate.block_size": Field(0, "datapoints a dispatch; 0: as the device likes", NOT_NEGATIVE),
     "evaluate.checkpoint": Field("best", "on validation data, or last, or epoch_<n>", CHECKPOINT),
@@ -196,7 +198,7 @@ FIELDS = {
     "evaluate.iwae_samples": Field(5000, "of IWAE", POSITIVE),
     "evaluate.iwae_start": Field(
         "posterior",
-        "q(z|x), mode and curvature",
+        "q(z|x) | Laplace's Gaussian:",
         one_of(*IWAE_STARTS),
     ),
     "evaluate.ais.num_chains": Field(16, "a datapoint", POSITIVE),
@@ -205,7 +207,7 @@ FIELDS = {
     "evaluate.ais.schedule": Field("linear", "of the temperatures", one_of(*SCHEDULES)),
     "evaluate.ais.start": Field(
         "laplace",
-        "q(z|x), mode and curvature, first q*, p(z)",
+        "q(z|x) | Laplace's Gaussian | the first family's q* | p(z):",
         one_of(*AIS_STARTS),
     ),
     "evaluate.ais.adaptation": Field("pilot", "of the step sizes", one_of(*ADAPTATIONS)),
@@ -213,7 +215,7 @@ FIELDS = {
         (OWN, "gaussian"), "whose L[q*] is found; own: the encoder's", FAMILY_NAMES
     ),
     "evaluate.local.preset": Field("fast", "the rule of optimisation", one_of(*RULES)),
-    "evaluate.local.max_steps": Field(20_000, "who needs more is listed", POSITIVE),
+    "evaluate.local.max_steps": Field(20_000, "a datapoint that needs more is listed", POSITIVE),
     "evaluate.local.curve": Field((), "numbers of steps to take L[q] after", STEPS),
     "evaluate.bdmc.num_points": Field(
         0, "simulated points for the certificate; 0: none", NOT_NEGATIVE

@@ -52,7 +52,7 @@ COORDINATOR = flags.DEFINE_string(
     "coordinator",
     "",
     "HOST:PORT of process 0: the n processes of --shard=i/n train together, each on its devices. "
-    "Several tasks of srun or mpirun do so without it; --shard=i/n alone need not talk.",
+    "Several tasks of srun, or of Open MPI 4's mpirun, do so without it; --shard=i/n alone need not talk.",
 )
 
 

@@ -48,7 +48,7 @@ Made by `make results` from the rows in this folder alone: [make.py](make.py) is
 [claims.py](claims.py) judges. The paper's own numbers are not quoted. In the tables stands
 *mean ± standard error over datapoints (Monte Carlo error)*, in nats: the first error is what another draw of
 datapoints would change, of a gap the paired one; the second, what other random keys would change on these
-datapoints. Neither holds what another seed of training would change: where there are several, their
+datapoints. Neither contains what another seed of training would change: where there are several, their
 spread stands below the table.
 
 L[q] is the evidence lower bound of the encoder's q(z|x); L[q*] that of the best q* found in a family at each
@@ -63,7 +63,7 @@ no labels, elsewhere as many of each class.
 `small` is 30 epochs for most and 50 points, where the paper trains for 3280: it shows that an experiment
 works, and its signs may turn round at `full`, the authors' training, of which an encoder alone on a frozen
 decoder takes a tenth. The weights measured are the best on validation points, of the epoch *weights of* (at
-`over_training`, of several). A scale stays until all that an experiment has at it is there at a larger one.
+`over_training`, of several). A scale is shown until every cell that it has is there at a larger one.
 
 Any model below that has weights is measured anew, without training, by
 
