@@ -262,29 +262,27 @@ def run_local(
 
     gpus = visible_gpus()
     free = [gpus[i * num_gpus : (i + 1) * num_gpus] or None for i in range(num_parallel)]
-
     executor = submitit.AutoExecutor(folder, cluster="local")
     executor.update_parameters(**asked)
     waiting, running, states = list(jobs), {}, {}
-    taken: dict[str, list[str] | None] = {}
     while waiting or running:
-        for name, started in list(running.items()):
+        for name, (started, theirs) in list(running.items()):
             if started.done():
                 states[name] = "failed" if started.exception() else "done"
                 print(f"{states[name]}: {name} ({started.paths.stderr})", flush=True)
-                free.append(taken.pop(name))
+                free.append(theirs)
                 del running[name]
         for job in list(waiting):
             ended = [states.get(name) for name in job.needs]
-            if None in ended or len(running) >= num_parallel:
+            if None in ended or not free:
                 continue
             waiting.remove(job)
             if job.kind == "afterok" and set(ended) - {"done"}:
                 states[job.name] = "not run"
             else:
-                taken[job.name] = free.pop(0)
-                command = with_gpus(job.command, taken[job.name])
-                running[job.name] = executor.submit(Command(command))
+                theirs = free.pop(0)
+                started = executor.submit(Command(with_gpus(job.command, theirs)))
+                running[job.name] = started, theirs
         time.sleep(0.1)
     return states
 
