@@ -96,7 +96,7 @@ def _not_finite(result: Any, num_points: int) -> np.ndarray:
     bad = np.zeros(num_points, bool)
     for leaf in jax.tree.leaves(result, is_leaf=lambda part: isinstance(part, Estimate)):
         values = np.asarray(leaf.log_px if isinstance(leaf, Estimate) else leaf)
-        if np.issubdtype(values.dtype, np.inexact):
+        if jnp.issubdtype(values.dtype, jnp.inexact):  # numpy does not know bfloat16 for one
             bad |= ~np.isfinite(values).reshape(num_points, -1).all(axis=1)
     return bad
 
@@ -147,7 +147,8 @@ def map_datapoints(
     """function(fold_in(key, index), x, *args, **static) for every datapoint, in bounded memory.
 
     A datapoint's key depends on its index alone, so its result does not depend on the block it falls
-    in, on the number of devices, or on which other datapoints are evaluated. It compiles once, and
+    in, on the number of devices, or on which other datapoints are evaluated (of keys of jax's default,
+    threefry; others, such as "rbg", draw otherwise under vmap). It compiles once, and
     not anew for equal partials of one function: what is bound to them are arguments.
 
     Args:
@@ -156,7 +157,7 @@ def map_datapoints(
       key: of the whole data set.
       xs: a pytree of arrays [N, …]; numpy's go to the device block by block.
       *args: passed to every datapoint: parameters travel here, as arguments, in any pytree. It is
-        compiled for leaves that are no arrays, such as a module's functions, sizes and truth values.
+        compiled for a module's functions, sizes and truth values; those of your own go to `static`.
       static: passed to every datapoint by name, and compiled for: hashable values, of which equal
         ones compile once.
       block_size: datapoints at a time; None is 64 on a CPU, 1024 on an accelerator. Of fewer datapoints the
@@ -209,10 +210,16 @@ def map_datapoints(
     sharding = NamedSharding(mesh, PartitionSpec("block"))
 
     program = Program(function, args, static)
+    # What is committed to another device, such as a checkpoint's arrays, comes along.
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    key, arrays = jax.tree.map(
+        lambda a: jax.device_put(a, everywhere) if isinstance(a, jax.Array) else a,
+        (key, program.arrays),
+    )
 
     def run(*inputs: Any) -> Any:
         indices, xs = jax.device_put(inputs, sharding)
-        return _block(program.code, key, indices, xs, program.arrays)
+        return _block(program.code, key, indices, xs, arrays)
 
     bar = None
     if progress and not callable(progress):

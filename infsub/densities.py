@@ -115,7 +115,7 @@ def _bounded(log_scale: Pixels) -> Pixels:
     return jnp.clip(log_scale, -7.0, 7.0)
 
 
-def discretized_logistic(x: Pixels, mean: Pixels, log_scale: Pixels, num_levels: int) -> Scalar:
+def discretized_logistic(x: Any, mean: Pixels, log_scale: Pixels, num_levels: int) -> Scalar:
     """log P(x) of independent levels, a logistic in bins, any shape -> [] (PixelCNN++, §2.1).
 
     Level k of L lies at v = 2k/(L−1) − 1 and its bin is v ± 1/(L−1), open at k = 0 and k = L − 1:
@@ -123,12 +123,13 @@ def discretized_logistic(x: Pixels, mean: Pixels, log_scale: Pixels, num_levels:
     log P = log σ(a) + log σ(−b) + log(1 − exp(b − a)), in which nothing cancels.
 
     Args:
-      x: levels 0 … L − 1, as floats.
+      x: levels 0 … L − 1.
       mean: of x's shape, on a scale where the levels run from −1 to 1.
       log_scale: of x's shape.
       num_levels: L, at least 2.
     """
     x, mean, log_scale = _flat(x, mean, log_scale)
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))  # 2x + 1 of an image's bytes is none
     log_scale = _bounded(log_scale)
     inverse_scale = jnp.exp(-log_scale)
     # One formula of an integer, so a bin's upper edge is bit for bit the next one's lower.

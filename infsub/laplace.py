@@ -16,7 +16,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from infsub import densities, linalg
-from infsub.bounds import log_joint, log_likelihood_of_outputs
+from infsub.bounds import as_wide_as, log_joint, log_likelihood_of_outputs
 from infsub.samplers import promoted
 from infsub.types import Array, Gaussian, Target, positive_int
 
@@ -135,6 +135,7 @@ def laplace_with_info(
         )
     full = dim <= _MAX_FULL if full is None else full
     starts = starts.reshape(-1, dim)
+    starts = starts.astype(as_wide_as(target, starts[0]).dtype)
     return _laplace(target, starts, num_adam, positive_int("num_steps", num_steps), full)
 
 
@@ -244,7 +245,10 @@ def _curvature(target: Target, z: Array) -> tuple[Linear, Linear, Linear]:
     """
 
     def outputs(z: Array) -> Array:
-        return z if target.outputs is None else ravel_pytree(target.outputs(z))[0]
+        if target.outputs is None:
+            return z
+        flat = ravel_pytree(target.outputs(z))[0]
+        return flat.astype(jnp.promote_types(flat.dtype, z.dtype))  # P takes float32's digits
 
     def log_likelihood(flat: Array) -> Array:
         return log_likelihood_of_outputs(target, flat if target.outputs is None else unravel(flat))

@@ -462,6 +462,8 @@ def _step(
     direction, new_moments = _direction(posterior, rule, gradient, moments, params)
     add = optax.tree.add_scale
     new_params = jax.tree.map(lambda r, p, d: add(p, r, d), rates, params, direction)
+    # A rate of more digits does not widen them.
+    new_params = jax.tree.map(lambda new, old: new.astype(old.dtype), new_params, params)
     finite = jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(gradient))
     fitted = _where(finite, (new_params, new_moments), (params, moments))
     return fitted, jnp.where(finite, value, jnp.nan)

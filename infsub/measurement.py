@@ -34,7 +34,7 @@ from infsub.keys import Stream, stream
 from infsub.measure import Settings
 from infsub.report import bars, page, runs, tables
 from infsub.report.runs import LoadedRun
-from infsub.types import Key, Model, Params, UserError
+from infsub.types import Key, Model, Params, UserError, positive_int
 from infsub.verdicts import Verdicts
 
 Format = Literal["markdown", "latex", "csv"]
@@ -291,6 +291,8 @@ def measure(
     families = settings.families if families is None else families
     families = (families,) if isinstance(families, str) else families
     subject = subjects.of_model(model)
+    if num_certified:
+        positive_int("num_certified", num_certified)
     if num_certified and subject.simulate is None:
         raise ValueError(
             "num_certified needs a model that simulates: give it sample_x, and sample_prior where it "
@@ -304,10 +306,17 @@ def measure(
         labels = rows.checked_labels(labels, num_points).tolist()
     if images is not None and number_of(images) != num_points:
         raise ValueError(f"images must be N={num_points}; got {number_of(images)}")
+    if own:
+        posteriors.family(own)
     own = own or subjects.family_of(model, params, jax.tree.map(lambda leaf: leaf[0], xs))
     settings = settings._replace(families=posteriors.chosen_families(families, own))
     num_chains = settings.ais.num_chains
     block_size, chunk_size = subjects.sizes(num_points, num_chains, block_size or 0)
+    if num_certified:  # its mistakes are told before all rows are measured, and not after them
+        first = jax.tree.map(lambda leaf: leaf[0], xs)
+        jax.eval_shape(
+            lambda key: subjects.certificate(key, first, params, subject, settings=settings), key
+        )
 
     def mapped(
         function: Any, label: str, number: Stream, xs: Any, indices: Any, **sizes: int

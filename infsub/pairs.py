@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from infsub import bounds
+from infsub import bounds, densities
 from infsub.samplers import as_sampler, draw
 from infsub.types import Array, Gaussian, Key, LogDensity, Model, Params, Target
 
@@ -160,7 +160,8 @@ def encode_twice(key: Key, x: Any, model: Model, params: Params) -> tuple[Array,
     def encoded() -> tuple[Array, Array]:
         q = model.encode(params, x)
         if isinstance(q, Gaussian):
-            scale = q.scale if jnp.ndim(q.scale) < 2 else jnp.diagonal(q.scale)
+            q = densities.check_gaussian(q)
+            scale = q.scale if q.scale.ndim < 2 else jnp.diagonal(q.scale)
             return ravel_pytree(q)[0], scale
         return ravel_pytree(as_sampler(q)(key))[0], jnp.full(model.latent_dim, jnp.nan)
 
@@ -203,6 +204,7 @@ def marginals(q: Any, draws: Array) -> Marginals:
     """Means and standard deviations of q's coordinates, [D] each."""
     if not isinstance(q, Gaussian):
         return Marginals(jnp.mean(draws, axis=0), jnp.std(draws, axis=0, ddof=1))
-    if jnp.ndim(q.scale) < 2:
+    q = densities.check_gaussian(q)
+    if q.scale.ndim < 2:
         return Marginals(q.mean, q.scale)
     return Marginals(q.mean, jnp.linalg.norm(jnp.tril(q.scale), axis=1))

@@ -161,10 +161,14 @@ def moment_matched(
     q: whatever gives draws itself, a sampler such as `sampler(posterior, params)` or a distribution
     object.
     full=True gives q's covariance too, as its Cholesky factor [D, D].
-    Raises ValueError when num_samples is not positive, or is no more than D where full, TypeError for
+    Raises ValueError when num_samples is not 2 or more, or is no more than D where full, TypeError for
     what is no sampler, such as a Posterior without its params.
     """
-    return _moment_matched(key, as_sampler(q), positive_int("num_samples", num_samples), full)
+    if positive_int("num_samples", num_samples) < 2:
+        raise ValueError(
+            "num_samples must be at least 2: of one draw there is no standard deviation"
+        )
+    return _moment_matched(key, as_sampler(q), num_samples, full)
 
 
 @functools.partial(jax.jit, static_argnames=("num_samples", "full"))

@@ -7,8 +7,9 @@ partials are the same program, and modules travel as their arrays.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -81,13 +82,68 @@ class Packed:
         return packed
 
 
+class Method(NamedTuple):
+    """A method of a pytree, such as an nnx module, as a pytree: its owner's arrays travel."""
+
+    function: Callable[..., Any]
+    owner: Any
+
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        return self.function(self.owner, *args, **keywords)
+
+
+class _Seen:
+    """A function of an object as it is now: where an attribute has changed it is another program."""
+
+    def __init__(self, function: Callable[..., Any], owner: Any) -> None:
+        self._function = function
+        self._state = [owner]
+        for value in vars(owner).values():
+            try:
+                self._state += jax.tree.leaves(value)
+            except (TypeError, ValueError):  # a dict whose keys have no order
+                self._state.append(value)
+
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        return self._function(*args, **keywords)
+
+    def __hash__(self) -> int:
+        return id(self._state[0])
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Seen) or len(self._state) != len(other._state):
+            return False
+        same = all(a is b for a, b in zip(self._state, other._state, strict=True))
+        return same and self._function == other._function
+
+
 def unbound(function: Callable[..., Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """A function without what partials have bound to it, and that: equal partials are the same."""
+    """A function without what partials have bound to it, and that: equal partials are the same.
+
+    What an object computes depends on its attributes: those of a pytree travel, or else they are
+    compared, as far as they are seen, which those of an attribute's own objects are not.
+    """
     args, keywords = (), {}
     while isinstance(function, functools.partial):
         args, keywords = (*function.args, *args), function.keywords | keywords
         function = function.func
-    return function, args, keywords
+    return _of_owner(function), args, keywords
+
+
+def _of_owner(function: Callable[..., Any]) -> Any:
+    is_method = inspect.ismethod(function)
+    owner = function.__self__ if is_method else function
+    if isinstance(owner, type) or inspect.isroutine(owner) or inspect.ismodule(owner):
+        return function
+    leaves = jax.tree.leaves(owner)
+    if len(leaves) == 1 and leaves[0] is owner:
+        plain = hasattr(owner, "__dict__") and not hasattr(
+            owner, "__wrapped__"
+        )  # jax.jit's is code
+        return _Seen(function, owner) if plain and not isinstance(owner, _Seen) else function
+    if is_method and any(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves):
+        return Method(function.__func__, owner)
+    return function
 
 
 class Program:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from infsub import data, posteriors
+from infsub import data, densities, posteriors
 from infsub.datapoints import few_sizes, map_datapoints
 from infsub.keys import named
 from infsub.measure import (
@@ -81,6 +81,7 @@ def of_model(model: Model) -> Subject:
 def _describe(model: Model, key: Key, params: Params, x: Any) -> Datapoint:
     q = model.encode(params, x)
     if isinstance(q, Gaussian):
+        q = densities.check_gaussian(q)
         own = "gaussian" if q.scale.ndim < 2 else "full_gaussian"
         return Datapoint(model.target(params, x), q, q, own)
     draw = as_sampler(q)
@@ -101,7 +102,7 @@ def family_of(model: Model, params: Params, x: Any) -> str:
 
 def _scale(model: Model, params: Params, x: Any) -> Any:
     q = model.encode(params, x)
-    return q.scale if isinstance(q, Gaussian) else jnp.zeros(())
+    return densities.check_gaussian(q).scale if isinstance(q, Gaussian) else jnp.zeros(())
 
 
 def simulate(key: Key, vae: VAE, variables: Variables, num_points: int) -> data.Split:

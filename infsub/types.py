@@ -10,6 +10,7 @@ and scan, and a new value of a parameter never compiles anew.
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable
 from itertools import pairwise
@@ -39,9 +40,10 @@ Sampler = Callable[[Key], tuple[Vector, Scalar]]  # key -> (z, log_q)
 def as_partial(function: Callable[..., Any]) -> Partial:
     """`function` as a pytree: its bound arrays are leaves, its code is structure.
 
-    A function may be a partial of arrays, or a module that is called, whose arrays are leaves too.
+    A function may be a partial of arrays, or a module that is called or a method of one, whose arrays
+    are leaves too. They are read now: of a module that is trained in place, make it anew.
     """
-    if isinstance(function, Partial):
+    if isinstance(function, Partial) and inspect.isfunction(function.func):
         return function
     code, args, keywords = unbound(function)
     if all(isinstance(leaf, Array | np.ndarray) for leaf in jax.tree.leaves((args, keywords))):
@@ -220,6 +222,8 @@ class Gaussian(NamedTuple):
 
 class Estimate(NamedTuple):
     """A number that bounds log p(x), and what one may know about it. Fields that do not apply are NaN.
+
+    So JAX_DEBUG_NANS stops at every estimator.
 
     Attributes:
       log_px: [], the bound in nats.

@@ -163,6 +163,22 @@ def test_tight_from_a_deliberately_bad_q_where_iwae_is_not():
     assert np.all(iwae.pareto_k > 0.7)
 
 
+def test_memory_does_not_grow_with_temperatures():
+    """No chain's past is kept, nor anything to differentiate it by: a listed mistake of others."""
+    model = exact_model(50, "float32")
+    _, x = model.simulate(jax.random.key(7))
+
+    def bytes_of(num_temperatures):
+        def one(key, x):
+            return infsub.ais(key, model.target(x), model.best_gaussian(x), 16, num_temperatures)
+
+        compiled = jax.jit(one).lower(jax.random.key(0), x).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    state = 4 * 16 * 50  # bytes of the chains' z
+    assert bytes_of(1000) - bytes_of(10) < 0.1 * 990 * state
+
+
 def test_a_constant_likelihood_gives_exactly_its_value():
     """Nothing to anneal: every log weight is the constant, whatever the chains do."""
     target = Target(None, lambda z: -3.25 + 0 * jnp.sum(z), 6)

@@ -122,7 +122,9 @@ def test_several_devices_give_the_same_numbers(whole, tmp_path):
         "datapoints._block = shared\n"
         "def mapped(xs, size):\n"
         "    return infsub.map_datapoints(point, jax.random.key(1), xs, MODEL, block_size=size).log_px\n"
-        "np.savez(sys.argv[1], ragged=mapped(XS, 5), few=mapped(XS[:3], 8))\n"
+        "ragged = mapped(XS, 5)\n"
+        "MODEL = jax.device_put(MODEL, jax.devices()[1])\n"  # as a checkpoint is restored
+        "np.savez(sys.argv[1], ragged=ragged, few=mapped(XS[:3], 8))\n"
     )
     env = os.environ | {
         "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4",
@@ -293,7 +295,12 @@ def test_equal_partials_share_one_compilation():
 def test_numpy_goes_to_the_device_block_by_block(monkeypatch):
     sizes = []
     put = jax.device_put
-    monkeypatch.setattr(jax, "device_put", lambda x, *a: sizes.append(x[1].shape) or put(x, *a))
+
+    def noting(x, *where):
+        sizes.extend([x[1].shape] if isinstance(x, tuple) else [])  # (indices, xs); else the key
+        return put(x, *where)
+
+    monkeypatch.setattr(jax, "device_put", noting)
     xs = np.asarray(XS)
     got = infsub.map_datapoints(lambda key, x: x.sum(), jax.random.key(0), xs, block_size=5)
     assert set(sizes) == {(5, 8)}
@@ -324,6 +331,10 @@ def test_results_that_are_not_finite_are_named_by_index():
     ):
         infsub.map_datapoints(broken, jax.random.key(0), XS, indices=np.arange(100, 123))
     infsub.map_datapoints(broken, jax.random.key(0), XS, warn=False)
+    with pytest.warns(RuntimeWarning, match=rf"not finite at {bad.size} of 23 datapoints"):
+        infsub.map_datapoints(
+            lambda key, x: broken(key, x).astype("bfloat16"), jax.random.key(0), XS
+        )
     # What does not apply to an estimate is NaN, and says nothing.
     infsub.map_datapoints(
         lambda key, x: infsub.elbo(key, MODEL.target(x), MODEL.best_gaussian(x)),

@@ -181,6 +181,16 @@ def test_discretized_logistic_sums_to_one_with_finite_gradients(num_levels):
     assert np.isfinite(gradients).all()
 
 
+def test_levels_may_be_an_images_bytes():
+    """2x + 1 of a byte would start anew at 128."""
+    x, mean = np.arange(256, dtype=np.uint8), jnp.linspace(-1, 1, 256)
+    for levels in (x, x.astype(np.int32)):
+        np.testing.assert_array_equal(
+            densities.discretized_logistic(levels, mean, 0 * mean - 3, 256),
+            densities.discretized_logistic(jnp.float32(x), mean, 0 * mean - 3, 256),
+        )
+
+
 def test_discretized_logistic_gradient_is_the_float64_difference_quotient():
     def exact(mean, log_scale, k, num_levels):
         v, half, scale = 2 * k / (num_levels - 1) - 1, 1 / (num_levels - 1), np.exp(log_scale)

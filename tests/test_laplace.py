@@ -191,6 +191,55 @@ def test_a_start_of_integers_or_few_digits_is_one_of_float32(start):
         assert one.dtype == np.float32
 
 
+def test_a_start_of_fewer_digits_than_the_model():
+    with jax.enable_x64(True):
+        model = jax.tree.map(lambda leaf: leaf.astype("float64"), linear_gaussian(3, 5))
+        x = model.simulate(jax.random.key(0))[1]
+        wide = model.target(x)
+        target = infsub.Target(
+            None,
+            wide.log_likelihood,
+            3,
+            outputs=lambda z: z,
+            log_likelihood_of_outputs=wide.log_likelihood,
+        )
+        q = infsub.laplace(target, np.zeros(3, np.float32))
+        want = infsub.laplace(wide, np.zeros(3))
+    assert q.mean.dtype == "float64"
+    np.testing.assert_allclose(q.mean, want.mean, rtol=1e-6)
+
+
+def test_outputs_of_few_digits_leave_a_curvature_of_float32s():
+    """JᵀHJ of bfloat16's would be of no positive P where it exceeds the prior's 1 by a thousand."""
+    weights = jax.random.normal(jax.random.key(1), (400, 10)).astype("bfloat16")
+    weights = weights.at[:, 5:].multiply(1e-3)  # directions that the data say nothing about
+
+    def outputs(z):
+        return weights @ z.astype("bfloat16")
+
+    def log_likelihood_of_outputs(logits):
+        return infsub.densities.bernoulli_logits(np.ones(400), logits.astype("float32"))
+
+    def log_likelihood(z):
+        return log_likelihood_of_outputs(outputs(z))
+
+    def plain(z):
+        return infsub.densities.bernoulli_logits(np.ones(400), weights.astype("float32") @ z)
+
+    target = infsub.Target(
+        None,
+        log_likelihood,
+        10,
+        outputs=outputs,
+        log_likelihood_of_outputs=log_likelihood_of_outputs,
+    )
+    start = 0.01 * np.ones(10, np.float32)
+    found = infsub.laplace(target, start, num_steps=1)
+    want = infsub.laplace(infsub.Target(None, plain, 10), start, num_steps=1)
+    volumes = [np.log(np.abs(np.diagonal(q.scale))).sum() for q in (found, want)]
+    assert abs(volumes[0] - volumes[1]) < 0.5
+
+
 def test_a_prior_of_ones_own():
     """z ~ N(1, 0.5²) and x|z ~ N(z, 1): the posterior has precision 5."""
     x = jnp.array([0.3, 2.0])

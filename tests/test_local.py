@@ -104,6 +104,11 @@ def test_richer_families_are_no_worse(xs, best, log_px, gap, name):
     """From FFG's optimum each richer family ends no lower, and not above log p(x)."""
     rule = {} if name == "full_gaussian" else {"max_steps": 600}
     found = optimizer(name, **rule)(keys_for(4, xs), xs, best)
+    start = posteriors.make(name, 4, target=MODEL.target(xs[0]), **SMALL.get(name, {}))
+    untouched = start.init(jax.random.key(0))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(untouched):
+        moved = dict(jax.tree_util.tree_leaves_with_path(found.params))[path] != leaf
+        assert np.any(moved), f"{jax.tree_util.keystr(path)} of {name} is never trained"
     errors = 3 * found.elbo.standard_error
     assert np.all(found.elbo.log_px > log_px - gap - errors)
     assert np.all(found.elbo.log_px < log_px + errors + 1e-4)
@@ -493,6 +498,18 @@ def test_the_weights_of_a_flow_move_by_their_own_rate(xs):
     np.testing.assert_array_equal(plain, one)
     np.testing.assert_allclose(held, reference, rtol=1e-5)
     assert np.abs(plain[1] - held[1]) > 0.01
+
+
+def test_a_rate_of_more_digits_widens_no_parameter(xs):
+    with jax.enable_x64(True):
+        flow, steps = posteriors.rnvp(4, hidden=(8,)), (0, 2)
+        target = jax.tree.map(lambda leaf: leaf.astype("float32"), MODEL.target(xs[0]))
+        params = jax.tree.map(lambda leaf: leaf.astype("float32"), flow.init(jax.random.key(15)))
+        curve = local_curve(
+            jax.random.key(0), target, flow, params, steps, num_final_samples=50,
+            shared_rate=np.float64(0.03),
+        )  # fmt: skip
+    assert np.all(np.isfinite(curve.log_px))
 
 
 def test_a_longer_curve_compiles_no_more(xs):

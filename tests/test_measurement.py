@@ -285,3 +285,44 @@ def test_mistakes_are_told_in_a_sentence(xs):
     for named in ({"families": "gauss"}, {"settings": SETTINGS._replace(families=unknown)}):
         with pytest.raises(ValueError, match="unknown posterior 'gauss'"):
             measure(**named)
+    with pytest.raises(ValueError, match="unknown posterior 'rnpv'"):
+        measure(own="rnpv")
+
+
+def test_mistakes_in_what_is_certified_are_told_before_anything_is_measured(xs):
+    done = []
+
+    def measure(model=MODEL, settings=SETTINGS, num_certified: Any = 2):
+        def count(*_):
+            done.append(1)
+
+        def encode(params, x):
+            jax.debug.callback(count)
+            return MODEL.encode(params, x)
+
+        model = model._replace(encode=encode)
+        return infsub.measure(
+            KEY, model, PARAMS, xs, settings=settings, num_certified=num_certified, progress=False
+        )
+
+    with pytest.raises(ValueError, match="num_certified must be a positive integer; got -1"):
+        measure(num_certified=-1)
+    adapting = SETTINGS._replace(ais=SETTINGS.ais._replace(adaptation="authors"))
+    with pytest.raises(ValueError, match="needs adaptation='pilot'"):
+        measure(settings=adapting)
+    with pytest.raises((TypeError, ValueError)):
+        measure(MODEL._replace(sample_x=lambda key, params, z, x: z[:1]))
+    assert not done
+
+
+def test_a_gaussian_of_lists_is_one(xs):
+    def encode(params, x):
+        q = MODEL.encode(params, x)
+        return infsub.Gaussian(list(q.mean), list(q.scale))
+
+    def bounds_of(model):
+        options = {"families": (), "progress": False}
+        return [row["elbo"] for row in infsub.measure(KEY, model, PARAMS, xs[:3], **options).rows]
+
+    assert bounds_of(MODEL._replace(encode=encode)) == pytest.approx(bounds_of(MODEL), abs=1e-4)
+    infsub.check(KEY, MODEL._replace(encode=encode), PARAMS, xs[:3])

@@ -514,6 +514,11 @@ def test_the_flow_sees_x(name):
     assert log_q != other_log_q
 
 
+def test_of_one_draw_no_moments_are_taken():
+    with pytest.raises(ValueError, match="must be at least 2: of one draw there is no standard"):
+        posteriors.moment_matched(jax.random.key(0), Gaussian(jnp.zeros(2), jnp.ones(2)), 1)
+
+
 def test_moment_matched_gaussian():
     posterior = posteriors.full_gaussian(2)
     params = posterior.init(jax.random.key(22))

@@ -144,6 +144,90 @@ def test_an_object_is_what_it_is_now(make):
     assert sizes == ([1, 0, 0] if make is OfFlowJAX else [1, 1, 1])
 
 
+class Plain:
+    """An object that is no pytree, as a class of one's own is."""
+
+    def __init__(self, q):
+        self.q = q
+
+    def __call__(self, key):
+        return densities.sample_gaussian(key, self.q)
+
+    def log_likelihood(self, z):
+        return densities.gaussian(z, self.q)
+
+
+def plain_sampler(q, made=None):
+    made = made or Plain(q)
+    made.q = q
+    return made, ("q", made)
+
+
+def plain_method(q, made=None):
+    made = made or Plain(q)
+    made.q = q
+    return made, ("log_likelihood", made.log_likelihood)
+
+
+def nnx_method(q, made=None):
+    from flax import nnx
+
+    class Module(nnx.Module):
+        def __init__(self, q):
+            self.mean, self.scale = nnx.Param(q.mean), nnx.Param(q.scale)
+
+        def log_likelihood(self, z):
+            return densities.gaussian(z, Gaussian(self.mean[...], self.scale[...]))
+
+    made = made or Module(q)
+    made.mean[...], made.scale[...] = q
+    return made, ("log_likelihood", made.log_likelihood)
+
+
+def partial_of_a_module(q, made=None):
+    import equinox as eqx
+
+    class Module(eqx.Module):
+        q: Gaussian
+
+        def __call__(self, z):
+            return densities.gaussian(z, self.q)
+
+    made = made or Module
+    return made, ("log_likelihood", jax.tree_util.Partial(made(q)))
+
+
+@pytest.mark.parametrize(
+    ("make", "compiled"),
+    [
+        (plain_sampler, [1, 0, 1]),
+        (plain_method, [1, 0, 1]),
+        (nnx_method, [1, 0, 0]),  # its arrays travel
+        (partial_of_a_module, [1, 0, 0]),
+    ],
+)
+def test_an_object_that_is_called_or_its_method_is_what_it_is_now(make, compiled):
+    """Its program stays while nothing of it has changed; another one of its attributes is seen."""
+    first, second = ours(XS[0]), Gaussian(*map(jax.numpy.asarray, ours(XS[1])))
+    made, sizes = None, []
+    for q in (first, first, second):
+        made, (role, given) = make(q, made)
+        before = bounds._elbo._cache_size()
+        key = jax.random.key(3)
+        if role == "q":
+            found = infsub.elbo(key, MODEL.target(XS[0]), given, 20)
+        else:
+            found = infsub.elbo(key, Target(None, given, 3), ours(XS[0]), 20)
+        sizes.append(bounds._elbo._cache_size() - before)
+        if role == "q":
+            want = infsub.elbo(key, MODEL.target(XS[0]), q, 20)
+        else:
+            likelihood = jax.tree_util.Partial(densities.gaussian, q=q)
+            want = infsub.elbo(key, Target(None, likelihood, 3), ours(XS[0]), 20)
+        np.testing.assert_allclose(found.log_weights, want.log_weights, rtol=1e-5)
+    assert sizes == compiled
+
+
 def test_what_is_no_q_is_told_in_a_sentence():
     import numpyro.distributions as dist
 
