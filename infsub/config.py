@@ -109,7 +109,7 @@ IMPORTED = Rule(
 )
 FAMILY_NAMES = Rule(
     f"a tuple of names among {', '.join([OWN, *FAMILIES])}",
-    lambda value: set(value) <= {OWN, *FAMILIES},
+    lambda value: all(isinstance(name, str) and name in (OWN, *FAMILIES) for name in value),
 )
 STEPS = Rule("increasing integers of at least 0, such as (0, 1, 3, 10), or ()", _increases)
 

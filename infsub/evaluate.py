@@ -140,7 +140,10 @@ def _evaluate(
 
         _write_rows(folder, "bdmc", shard, "certifying", simulated, block_size, bounded, began)
     bad = _not_finite(indices, written)
-    if not (folder / records.IMAGES).exists():
+    kept = files.read_npz(folder / records.IMAGES, records.SHOWN, records.WORDS)
+    if not np.array_equal(
+        kept.get("indices", []), indices
+    ):  # of no file, or before others were added
         files.write_npz(folder / records.IMAGES, {"indices": indices} | points.shown(indices))
     if not settings.grid or (folder / records.POSTERIORS).exists():
         return bad
@@ -362,11 +365,16 @@ def _claim(
         before = {name: value for name, value in before.items() if name not in _TOLD}
         since = {name: facts[name] for name in (records.DATA,) if name in facts}
         before = _used(configs.default().evaluate) | since | before  # with what was added since
-    if before is not None and before != used and shards.read(folder, "rows"):
+    if before != used and shards.read(folder, "rows"):
+        made = " and ".join(map(str, shards.paths(folder, "rows")))
+        if before is None:
+            raise UserError(
+                f"{folder / 'evaluation.json'} is missing, which says with which settings and weights "
+                f"{made} was made: put it back, or remove the rows too."
+            )
         raise UserError(
-            f"{' and '.join(map(str, shards.paths(folder, 'rows')))} was made with other settings: "
-            f"{'; '.join(configs.differences(before, used))}. Keep both with "
-            "--config.evaluate.name=NAME, a folder for this evaluation, or remove it."
+            f"{made} was made with other settings: {'; '.join(configs.differences(before, used))}. Keep "
+            "both with --config.evaluate.name=NAME, a folder for this evaluation, or remove it."
         )
     if before != used:  # what is left of an evaluation whose rows were removed
         left = [folder / name for name in (records.POSTERIORS, records.IMAGES)]

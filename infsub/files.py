@@ -37,6 +37,11 @@ def say(text: str) -> None:
     print(f"infsub: {text}", file=sys.stderr, flush=True)
 
 
+def on_terminal() -> bool:
+    """Whether somebody sees a bar; a daemon may have no stderr at all."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
 def duration(seconds: float) -> str:
     """A time a person reads: 42 s, 3 min 20 s, 5 h 12 min."""
     if not np.isfinite(seconds):
@@ -71,7 +76,7 @@ class Progress:
         self._last_line = time.monotonic()
         self._bar = (
             tqdm(total=total, initial=done, desc=label, unit=unit, dynamic_ncols=True)
-            if sys.stderr.isatty()
+            if on_terminal()
             else None
         )
 
@@ -149,7 +154,9 @@ def is_full(error: BaseException | None) -> bool:
 
 def write_json(path: Path, value: Any) -> None:
     """`value` as an indented JSON file."""
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    # What of a command line is no UTF-8 stands there as \udcXX, which is JSON too.
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 # What a field of a JSON object may be asked to be, in words. NaN is written as null.

@@ -149,7 +149,11 @@ def _may_live(owner: dict[str, Any], note: Path, locked: bool) -> bool:
     """Whether the process of a note, which is not this one, may be at it still."""
     if owner["host"] == socket.gethostname() and (locked or not _runs(owner["pid"])):
         return False
-    return _age(note) < PRESUMED_DEAD
+    age = _age(note)
+    if age < 0:  # of a clock that was ahead: from now on it ages
+        with contextlib.suppress(OSError):
+            os.utime(note)
+    return age < PRESUMED_DEAD
 
 
 def _runs(pid: int) -> bool:

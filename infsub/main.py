@@ -59,7 +59,8 @@ COORDINATOR = flags.DEFINE_string(
 def config_first(argv: list[str]) -> list[str]:
     """`argv` itself, put into the order config_flags insists on: --config=FILE before its overrides.
 
-    A field cannot be called import, which is Python's own word: as a flag it may.
+    Of a flag that is given twice the last counts, which config_flags has of numbers and words alone. A
+    field cannot be called import, which is Python's own word: as a flag it may.
     """
     while "--config" in argv[:-1]:
         n = argv.index("--config")
@@ -67,6 +68,11 @@ def config_first(argv: list[str]) -> list[str]:
     for n, argument in enumerate(argv):
         if argument.startswith("--config.model.import="):
             argv[n] = argument.replace("import", "imported", 1)
+    last = {argument.partition("=")[0]: n for n, argument in enumerate(argv)}
+    ours = [
+        argument.startswith(("--config=", "--config.")) and "=" in argument for argument in argv
+    ]
+    argv[:] = [a for n, a in enumerate(argv) if not ours[n] or last[a.partition("=")[0]] == n]
     argv.sort(key=lambda argument: argument.startswith("--config.") and "=" in argument)
     return argv
 
@@ -221,8 +227,11 @@ def main(_: list[str]) -> int:
             )
             files.say(f"{reason}; make room, and the same command continues.")
         elif isinstance(error, OSError):
-            where = error.filename or workdir
-            files.say(f"{where} cannot be used ({error.strerror}): mend or remove it.")
+            said = f"{error.filename or workdir} cannot be used ({error.strerror or error})"
+            then = (
+                "mend or remove it" if error.filename else "all whole rows and checkpoints are kept"
+            )
+            files.say(f"{said}: {then}.")
         elif isinstance(error, MemoryError):
             files.say(f"{error or 'out of memory'}; all whole rows are kept.")
         elif "RESOURCE_EXHAUSTED" in str(error):  # an evaluation halves its blocks first
@@ -288,6 +297,7 @@ def run(
         train,
     )
 
+    failed = []
     trained = mode == "evaluate" or (mode == "run" and published.is_trained(config, workdir))
     if config.model.imported or trained:
         processes.apart(team)
@@ -304,8 +314,13 @@ def run(
         with processes.joined(team):
             if mode == "run":
                 processes.together(lambda: evaluate.check(config, workdir))
-            train.train(config, workdir, 0.0 if team or shard == shards.WHOLE else math.inf)
-    failed, refused, runs = [], [], configs.runs(config, workdir)
+            try:
+                train.train(config, workdir, 0.0 if team or shard == shards.WHOLE else math.inf)
+            except records.Stopped as stopped:  # of seeds that diverged: the others go on
+                if stopped.exit_code != 1 or mode == "train" or config.train.num_seeds == 1:
+                    raise
+                failed.append(str(stopped).removesuffix("."))
+    refused, runs = [], configs.runs(config, workdir)
     for member, folder in runs:
         evaluation = folder / config.evaluate.name
         try:

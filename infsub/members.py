@@ -26,8 +26,10 @@ class Member:
         self.config, self.workdir = config, workdir
         run = records.read_run(workdir)
         self._per_epoch = run["steps_per_epoch"]
+        # Seeds are written one after the other, and go on from a step that all of them have.
+        keep_last = max(config.train.keep_last, 2 if config.train.num_seeds > 1 else 1)
         self.checkpoints = Checkpoints(
-            workdir / "checkpoints", run["identity"], config.train.keep_last, keep_every_steps
+            workdir / "checkpoints", run["identity"], keep_last, keep_every_steps
         )
         self.progress = {
             "step": np.asarray(0),

@@ -83,7 +83,9 @@ class TensorBoard:
     def __init__(self, directory: Path, purge_step: int | None = None) -> None:
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(str(directory), purge_step=purge_step)
+        # A queue without bounds: where its thread has died of an error a full one waits for ever, and
+        # `flush` is what raises.
+        self._writer = SummaryWriter(str(directory), purge_step=purge_step, max_queue=0)
 
     def scalars(self, step: int, row: Mapping[str, float]) -> None:
         """Every finite number of the row as a scalar."""

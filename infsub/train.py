@@ -305,6 +305,11 @@ def _restore(job: Job) -> tuple[Inputs, State]:
                 f"no checkpoint of {job.workdir} can be read: {damaged[0]}. Mend what keeps it from "
                 "being read, and the same command goes on; or remove all of them, and it begins anew."
             )
+        if any(member.checkpoints.steps() for member in members):
+            raise UserError(
+                f"the seeds of {job.workdir} that are to go on have no checkpoint of one step: put back "
+                "those that were removed, or remove all of them, and their training begins anew."
+            )
     for member in members:
         member.resume(state.step)
     return inputs, state

@@ -135,6 +135,17 @@ def test_another_host_that_shows_life_keeps_it_and_a_silent_one_does_not(tmp_pat
         pass
 
 
+def test_an_owner_whose_clock_was_ahead_is_not_one_for_ever(tmp_path):
+    note = tmp_path / ".training.json"
+    files.write_json(note, {"host": "elsewhere", "pid": 7, "since": "noon", "command": "infsub"})
+    ahead = time.time() + 3600
+    os.utime(note, (ahead, ahead))
+    for _ in range(2):  # presumed alive, and from now on it ages
+        with pytest.raises(UserError, match="process 7 on elsewhere"):
+            locks.owned(tmp_path, "training").__enter__()
+        assert note.stat().st_mtime < time.time() + 60
+
+
 def test_a_note_that_goes_while_it_is_looked_at_is_nobodys(tmp_path, monkeypatch):
     note = tmp_path / ".training.json"
     owner = {"host": "elsewhere", "pid": 7, "since": "noon", "command": "infsub"}

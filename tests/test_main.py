@@ -15,7 +15,7 @@ from forks import commands
 from ml_collections import config_flags
 
 from infsub import config as configs
-from infsub import evaluate, main, records, report, train
+from infsub import evaluate, files, main, records, report, train
 from infsub.types import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -144,6 +144,10 @@ MISTAKES = {
     "family": (
         ["W", QUICK, "--config.evaluate.local.families=('iaf',)"],
         r"families is \('iaf',\); it must be a tuple of names among own, gaussian",
+    ),
+    "families in a list": (
+        ["W", QUICK, "--config.evaluate.local.families=[['gaussian']]"],
+        r"families is \(\['gaussian'\],\); it must be a tuple of names among own, gaussian",
     ),
     "folder": (
         ["W", QUICK, "--config.evaluate.name=../outside"],
@@ -289,6 +293,54 @@ def test_seeds_that_fail_are_named_and_the_others_are_done(tmp_path, monkeypatch
     calls.clear()
     with pytest.raises(UserError, match=r"^seed_0 has no |^seed_\d has no datapoint"):
         main.run(mode, config, tmp_path / "seed_0")
+
+
+@pytest.mark.parametrize("mode", ["run", "train"])
+def test_a_seed_that_diverged_keeps_no_other_from_its_rows(tmp_path, monkeypatch, mode):
+    calls = []
+
+    def diverge(*_):
+        raise records.Stopped("training diverged in seed_0.", exit_code=1)
+
+    def evaluate_one(config, folder, shard):
+        if config.seed == 0:
+            raise UserError("seed_0 has no checkpoint.")
+        calls.append(config.seed)
+        return []
+
+    monkeypatch.setattr(train, "train", diverge)
+    monkeypatch.setattr(evaluate, "check", lambda *_: None)
+    monkeypatch.setattr(evaluate, "evaluate", evaluate_one)
+    monkeypatch.setattr(report, "report", lambda folder, thresholds: calls.append(folder.name))
+    config = configs.default()
+    config.train.num_seeds = 2
+    with pytest.raises(records.Stopped, match=r"^training diverged in seed_0") as stopped:
+        main.run(mode, config, tmp_path)
+    assert stopped.value.exit_code == 1
+    assert calls == ([1, "seed_1"] if mode == "run" else [])
+    assert ("seed_0 has no checkpoint" in str(stopped.value)) == (mode == "run")
+    config.train.num_seeds = 1
+    calls.clear()
+    with pytest.raises(records.Stopped, match=r"^training diverged in seed_0"):
+        main.run(mode, config, tmp_path)
+    assert not calls
+
+
+def test_of_a_flag_given_twice_the_last_counts(tmp_path):
+    """Of a tuple, too, which absl would take for the longer one, and of --config itself."""
+    other = tmp_path / "other.py"
+    other.write_text("def get_config():\n    raise RuntimeError\n")
+    widths = [f"--config.model.encoder.hidden={each}" for each in ("(200,200)", "(9,)")]
+    given = [widths[0], "--config.seed=1", f"--config={other}", QUICK, "--config.seed=2", widths[1]]
+    config, fields = main.config_of([*given, "--workdir=w", "--mode=status", "--mode=train"])
+    assert (config.seed, config.model.encoder.hidden) == (2, (9,))
+    assert sorted(fields) == ["model.encoder.hidden", "seed"]
+
+
+def test_without_stderr_nobody_is_shown_a_bar(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    files.Progress(3, "training").update(1)
+    assert not files.on_terminal()
 
 
 @pytest.mark.slow

@@ -212,6 +212,10 @@ def test_other_weights_are_not_mixed_with_these_rows(workdir, out, tmp_path):
     files.write_json(tmp_path / "again/evaluation.json", told)
     with pytest.raises(UserError, match="weights was 'nothing' and is"):
         main.run("evaluate", config, tmp_path / "again")
+    (tmp_path / "again/evaluation.json").unlink()
+    with pytest.raises(UserError, match=r"evaluation.json is missing, .* remove the rows too"):
+        main.run("evaluate", config, tmp_path / "again")
+    assert not (tmp_path / "again/evaluation.json").exists()
 
 
 def test_a_copy_is_a_workdir_in_which_all_is_done(workdir, out, tmp_path):

@@ -16,7 +16,7 @@ import pytest
 import tiny
 from jax.scipy.stats import norm
 
-from infsub import bounds, checkpoints, config, data, files, records, train_step
+from infsub import bounds, checkpoints, config, data, files, members, records, train_step
 from infsub.datapoints import map_datapoints
 from infsub.train import train
 from infsub.types import UserError
@@ -125,6 +125,7 @@ def test_steps_are_adam_on_the_mean_of_the_batch(digits):
     fields = {"batch_size": 20, "num_epochs": 2, "gradient_clip": 20.0, "num_samples": 2}
     train = config.default().train
     train.update(fields | {"annealing": "entropy", "annealing_epochs": 1, "schedule": "cosine"})
+    train.adam_epsilon = 1e-2
     task, keys, states = start(train)
     variables = jax.tree.map(lambda leaf: leaf[0].copy(), states.variables)
     images = digits.train.images
@@ -163,7 +164,7 @@ def test_steps_are_adam_on_the_mean_of_the_batch(digits):
         rate = 1e-3 * 0.5 * (1 + math.cos(math.pi * step / 4))
         variables = jax.tree.map(
             lambda p, m, v, t=step + 1, rate=rate: (
-                p - rate * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-4)
+                p - rate * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-2)
             ),
             variables,
             first,
@@ -531,6 +532,29 @@ def test_seeds_together_are_the_runs_of_their_own(source, tmp_path):
     warm.init_from = str(tmp_path)
     with pytest.raises(UserError, match=r"holds 2 runs: give one, such as .*seed_0"):
         train(warm, tmp_path / "warm")
+    # Of one the last checkpoint was removed, and the other one is not at its end: there is no common step.
+    shutil.rmtree(tmp_path / "seed_0/checkpoints")
+    (tmp_path / "seed_1/summary.json").unlink()
+    left = os.listdir(tmp_path / "seed_1/checkpoints")
+    with pytest.raises(UserError, match="have no checkpoint of one step: put back those"):
+        train(tiny_config(num_seeds=2), tmp_path)
+    assert os.listdir(tmp_path / "seed_1/checkpoints") == left
+
+
+def test_what_is_due_every_few_epochs_is_done_then_and_no_more_is_kept(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(members.Member, "draw", lambda _, step, grids: drawn.append(step))
+    often = {"num_epochs": 6, "validate_every": 2, "picture_every": 3, "checkpoint_seconds": 0.0}
+    train(tiny_config(keep_last=1, **often), tmp_path)
+    epochs = [row["epoch"] for row in files.read_rows(tmp_path / "metrics.jsonl")]
+    validated = [
+        row["epoch"]
+        for row in files.read_rows(tmp_path / "metrics.jsonl")
+        if "validation_elbo" in row
+    ]
+    assert (epochs, validated) == ([1, 2, 3, 4, 5, 6], [2, 4, 6])
+    assert drawn == [4 * 16, 6 * 16, 6 * 16]  # with the next validation, and at the end
+    assert checkpoints.steps(tmp_path / "checkpoints") == [6 * 16]
 
 
 FOUR_DEVICES = """

@@ -287,7 +287,8 @@ def subset(split: Split, first: int | None = None, per_class: int | None = None)
 
 def data_folder(data_dir: str) -> Path:
     """The directory TFDS would use: `data_dir`, else $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
-    return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    folder = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    return Path(os.path.expanduser(folder))  # where there is no such home, it stays as it is
 
 
 def _read_mnist5k(split: str) -> Arrays:

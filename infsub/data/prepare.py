@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 from infsub import locks
 from infsub.data import SOURCES, Arrays, data_folder, load
+from infsub.files import on_terminal
 from infsub.types import UserError
 
 TIMEOUT = 20.0  # seconds without data
@@ -207,7 +208,7 @@ def _is_local(source: str) -> bool:
 def _fetch(name: str, downloads: Path, source: str, timeout: float) -> dict[str, Path]:
     """The checked official files by name; those of one set only, for sets share file names."""
     recipe = RECIPES[name]
-    local = Path(source).expanduser() if _is_local(source) else None
+    local = Path(os.path.expanduser(source)) if _is_local(source) else None
     files = {original.name: (local or downloads) / original.name for original in recipe.files}
     for original in recipe.files:
         path = files[original.name]
@@ -302,9 +303,10 @@ def _blocks(response: http.client.HTTPResponse, timeout: float) -> Iterator[byte
 
 def _progress(label: str, total: int, initial: int, unit: str) -> Any:
     """A bar on a terminal, one plain line elsewhere."""
-    if not sys.stderr.isatty():
+    if not on_terminal():
         print(f"{label}: {total:,} {'bytes' if unit == 'B' else unit.strip()}", file=sys.stderr)
-    return tqdm(desc=label, total=total, initial=initial, unit=unit, unit_scale=True, disable=None)
+    shown = {"unit": unit, "unit_scale": True, "disable": not on_terminal()}
+    return tqdm(desc=label, total=total, initial=initial, **shown)
 
 
 def _write(name: str, root: Path, files: dict[str, Path]) -> None:
