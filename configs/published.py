@@ -6,7 +6,8 @@ Command:  python -m infsub.main --mode=evaluate --workdir=runs/again \\
 Minutes:  3 on two cores for its 1,000 points, 15 of a model with AF; fewer points by
           --config.evaluate.first=50
 Expect:   the published L[q] and log p̂ of every datapoint to the last digit, and L[q*] within 2e-5 nats,
-          of a flow within 0.02, for its steps multiply what another build rounds differently
+          of a flow within 0.02, for its steps multiply what another build rounds differently, and above it
+          at the few points where a flow now begins anew
 """
 
 from __future__ import annotations

@@ -81,9 +81,12 @@ class Line(NamedTuple):
         return self.mean.monte_carlo_error if self.kind == "bound" else self.mean.standard_error
 
 
-def decimals(error: float) -> int:
-    """Of a number with this standard error: two; more, to four, where two would show an error of 0."""
-    return min(4, -math.floor(math.log10(error))) if 5e-5 <= error < 0.005 else 2
+def decimals(error: float, fewest: int = 2) -> int:
+    """Of a number with this standard error: to its leading digit, if that is a 1 to the next, at most 4."""
+    if not 5e-5 <= error < math.inf:
+        return 2
+    exponent = math.floor(math.log10(error))
+    return min(max(fewest, -exponent + (error < 1.95 * 10.0**exponent)), 4)
 
 
 def with_error(value: float, error: float) -> str:

@@ -22,7 +22,8 @@ FRESH = {
 def get_config() -> Config:
     """Fresh encoders on one frozen decoder: trained on its training data, and on its own samples.
 
-    Samples never end, so the second has nothing to overfit: its gap on samples is capacity alone.
+    Samples never end, so the second has nothing to overfit: its gap on samples is capacity, and what is
+    left to learn.
     """
     return experiment(
         "generalisation_of_q",

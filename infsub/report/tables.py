@@ -40,8 +40,7 @@ def in_parentheses(value: float, error: float) -> str:
     """`-88.45(3)`: the error's leading digit (two, if the first is a 1) in units of the last place."""
     if not math.isfinite(error) or error <= 0:
         return f"{value:z.2f}"
-    exponent = math.floor(math.log10(error))
-    decimals = min(max(0, -exponent + (error < 1.95 * 10.0**exponent)), 4)
+    decimals = gaps.decimals(error, fewest=0)
     digits = round(error * 10**decimals)
     return f"{value:z.{decimals}f}({digits})" if digits else f"{value:z.{decimals}f}"
 

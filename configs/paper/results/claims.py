@@ -8,12 +8,13 @@ what happens "often", more than half decide. Of several seeds of training all mu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from infsub import gaps
 from infsub.report.runs import LoadedRun, difference
-from infsub.rows import AMORTIZATION, APPROXIMATION, LOG_PX, family_label
+from infsub.rows import AMORTIZATION, APPROXIMATION, LOCAL, LOG_PX, family_label
 
 Scales = Mapping[str, Mapping[str, Any]]  # {scale: {cell: make.Cell}}, in SCALES' order
 Cells = Mapping[str, Scales]  # {experiment: Scales}
@@ -25,21 +26,27 @@ class Finding(NamedTuple):
 
     Attributes:
       of: what it is a difference of, in words.
+      mean: NaN where there is none to take.
       error: its standard error over datapoints.
+      doubt: why it says nothing however large it is, in words.
     """
 
     of: str
-    mean: float
-    error: float
+    mean: float = math.nan
+    error: float = math.nan
+    doubt: str = ""
 
     @property
     def says(self) -> int:
-        """1 yes, −1 no, 0 nothing: within 2 standard errors."""
-        beyond = abs(self.mean) > gaps.MEAN_ERRORS * self.error
+        """1 yes, −1 no, 0 nothing: within 2 standard errors, or in doubt."""
+        beyond = not self.doubt and abs(self.mean) > gaps.MEAN_ERRORS * self.error
         return int(beyond) * (1 if self.mean > 0 else -1)
 
     def __str__(self) -> str:
-        return f"{gaps.with_error(self.mean, self.error)} ({self.of})".replace("-", "−", 1)
+        if math.isnan(self.mean):
+            return self.of
+        said = ", ".join(filter(None, (self.of, self.doubt)))
+        return f"{gaps.with_error(self.mean, self.error)} ({said})".replace("-", "−", 1)
 
 
 class Claim(NamedTuple):
@@ -86,10 +93,25 @@ def accommodates(own: str, other: str) -> Callable[[Runs], list[Finding]]:
             theirs, its = (runs("main_table", f"{data}_{q}") for q in (other, own))
             if theirs and its:
                 name = APPROXIMATION.of(own)
-                found.append(Finding(data, *difference(theirs, name, its, name)))
+                found.append(
+                    Finding(data, *difference(theirs, name, its, name), doubt=_not_found(its, own))
+                )
         return found
 
     return findings
+
+
+def _not_found(run: LoadedRun, family: str) -> str:
+    """The doubt about a flow's gap where its q* is no better than the Gaussian that its search starts at."""
+    name, start = (LOCAL.of(each) for each in (family, "full_gaussian"))
+    if family == "gaussian" or start not in run.lines:
+        return ""
+    gain, error = difference(run, name, run, start)
+    return (
+        ""
+        if gain > gaps.MEAN_ERRORS * error
+        else f"{family_label(family)} found no better than full"
+    )
 
 
 def flows_amortise(runs: Runs) -> list[Finding]:
@@ -134,7 +156,7 @@ def overfits_first(runs: Runs) -> list[Finding]:
     best_model = max(reversed(range(len(after))), key=lambda n: after[n].lines[log_px].mean.mean)
     inference, model = after[best], after[best_model]
     if best == best_model:
-        return [Finding(f"both are best at checkpoint {best + 1} of {len(after)}", 0.0, 0.0)]
+        return [Finding(f"both are best at checkpoint {best + 1} of {len(after)}")]
     if best < best_model:
         of = "what the amortization gap rises by from its best checkpoint to that of log p̂"
         return [Finding(of, *difference(model, name, inference, name))]
@@ -166,8 +188,9 @@ CLAIMS = (
     ),
     Claim(
         "Generators accommodate the q that they were trained with, where that is AF",
-        "what the best AF that is found, in effect the best Gaussian of full covariance, where its search "
-        "starts, misses of log p̂ is larger on the generator trained with FFG than on the one trained with AF",
+        "what the best AF that is found misses of log p̂ is larger on the generator trained with FFG than on "
+        "the one trained with AF (no verdict where the search finds nothing better than *full*, at which it "
+        "starts: the gap is *full*'s then, and AF's at most as large)",
         accommodates("auxiliary", "gaussian"),
         3,
         "main_table",
@@ -246,7 +269,8 @@ CLAIMS = (
     ),
     Claim(
         "Inference overfits before the generator does",
-        "on validation points, from the checkpoint where one is best to that where the other is",
+        "on validation points, from the checkpoint where one is best to that where the other is, chosen by "
+        "these points too, which favours a verdict",
         overfits_first,
         1,
         "over_training",
@@ -287,10 +311,13 @@ def _judge(claim: Claim, findings: Mapping[int, Sequence[Finding]], scale: str) 
     """The verdict on {seed: findings} of one scale, and their figures."""
     verdicts = {verdict(claim, made) for made in findings.values()}
     said = f"{verdicts.pop() if len(verdicts) == 1 else 'unclear'} at scale `{scale}`"
-    first = next(iter(findings.values()))
-    if len(first) < claim.number:
-        are = "is" if len(first) == 1 else "are"
-        said += f", where {len(first)} of {claim.number} comparisons {are} measured"
+    counts = {seed: len(made) for seed, made in findings.items()}
+    most = max(counts.values())
+    if min(counts.values()) < claim.number:
+        are = "is" if most == 1 else "are"
+        fewer = [f"{n} of seed {seed}" for seed, n in counts.items() if n < most]
+        said += f", where {most} of {claim.number} comparisons {are} measured"
+        said += f" ({', '.join(fewer)})" if fewer else ""
     figures = "; ".join(
         f"seed {seed}: {', '.join(map(str, made))}" for seed, made in findings.items()
     )
