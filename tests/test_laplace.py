@@ -211,20 +211,22 @@ def test_a_start_of_fewer_digits_than_the_model():
 
 def test_outputs_of_few_digits_leave_a_curvature_of_float32s():
     """JᵀHJ of bfloat16's would be of no positive P where it exceeds the prior's 1 by a thousand."""
-    weights = jax.random.normal(jax.random.key(1), (400, 10)).astype("bfloat16")
-    weights = weights.at[:, 5:].multiply(1e-3)  # directions that the data say nothing about
+    # The data say nothing about directions that are no coordinates.
+    turned, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(10, 10)))
+    weights = jax.random.normal(jax.random.key(1), (20_000, 5)) @ turned[:5]
+    weights = weights.astype("bfloat16")
 
     def outputs(z):
         return weights @ z.astype("bfloat16")
 
     def log_likelihood_of_outputs(logits):
-        return infsub.densities.bernoulli_logits(np.ones(400), logits.astype("float32"))
+        return infsub.densities.bernoulli_logits(np.ones(20_000), logits.astype("float32"))
 
     def log_likelihood(z):
         return log_likelihood_of_outputs(outputs(z))
 
     def plain(z):
-        return infsub.densities.bernoulli_logits(np.ones(400), weights.astype("float32") @ z)
+        return infsub.densities.bernoulli_logits(np.ones(20_000), weights.astype("float32") @ z)
 
     target = infsub.Target(
         None,
