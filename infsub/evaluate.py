@@ -141,9 +141,8 @@ def _evaluate(
         _write_rows(folder, "bdmc", shard, "certifying", simulated, block_size, bounded, began)
     bad = _not_finite(indices, written)
     kept = files.read_npz(folder / records.IMAGES, records.SHOWN, records.WORDS)
-    if not np.array_equal(
-        kept.get("indices", []), indices
-    ):  # of no file, or before others were added
+    # Of no file, or of before others were added to indices_file.
+    if not np.array_equal(kept.get("indices", []), indices):
         files.write_npz(folder / records.IMAGES, {"indices": indices} | points.shown(indices))
     if not settings.grid or (folder / records.POSTERIORS).exists():
         return bad

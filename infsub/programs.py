@@ -127,19 +127,19 @@ def unbound(function: Callable[..., Any]) -> tuple[Any, tuple[Any, ...], dict[st
     while isinstance(function, functools.partial):
         args, keywords = (*function.args, *args), function.keywords | keywords
         function = function.func
-    return _of_owner(function), args, keywords
+    return of_owner(function), args, keywords
 
 
-def _of_owner(function: Callable[..., Any]) -> Any:
+def of_owner(function: Callable[..., Any]) -> Any:
+    """A function that an object has or is, with what it reads of it; any other as it is."""
     is_method = inspect.ismethod(function)
     owner = function.__self__ if is_method else function
     if isinstance(owner, type) or inspect.isroutine(owner) or inspect.ismodule(owner):
         return function
     leaves = jax.tree.leaves(owner)
     if len(leaves) == 1 and leaves[0] is owner:
-        plain = hasattr(owner, "__dict__") and not hasattr(
-            owner, "__wrapped__"
-        )  # jax.jit's is code
+        # What jax.jit and the like wrap is code.
+        plain = hasattr(owner, "__dict__") and not hasattr(owner, "__wrapped__")
         return _Seen(function, owner) if plain and not isinstance(owner, _Seen) else function
     if is_method and any(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves):
         return Method(function.__func__, owner)

@@ -10,7 +10,6 @@ and scan, and a new value of a parameter never compiles anew.
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Callable
 from itertools import pairwise
@@ -21,7 +20,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Float
 
-from infsub.programs import Packed, unbound
+from infsub.programs import Packed, of_owner, unbound
 
 Array = jax.Array
 # Checked when a test calls, with every D and K of one call the same; never in a user's process.
@@ -43,8 +42,11 @@ def as_partial(function: Callable[..., Any]) -> Partial:
     A function may be a partial of arrays, or a module that is called or a method of one, whose arrays
     are leaves too. They are read now: of a module that is trained in place, make it anew.
     """
-    if isinstance(function, Partial) and inspect.isfunction(function.func):
-        return function
+    if isinstance(function, Partial):
+        inner = of_owner(function.func)
+        arrays = [leaf for leaf in jax.tree.leaves(inner) if isinstance(leaf, Array | np.ndarray)]
+        if inner is function.func and not arrays:
+            return function
     code, args, keywords = unbound(function)
     if all(isinstance(leaf, Array | np.ndarray) for leaf in jax.tree.leaves((args, keywords))):
         if any(isinstance(leaf, Array | np.ndarray) for leaf in jax.tree.leaves(code)):

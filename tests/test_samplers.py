@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -226,6 +228,17 @@ def test_an_object_that_is_called_or_its_method_is_what_it_is_now(make, compiled
             want = infsub.elbo(key, Target(None, likelihood, 3), ours(XS[0]), 20)
         np.testing.assert_allclose(found.log_weights, want.log_weights, rtol=1e-5)
     assert sizes == compiled
+
+
+def test_functions_keep_their_structure_whatever_their_leaves_are():
+    """As jax has it of every pytree: eval_shape, vmap's in_axes and tree.map put other leaves there."""
+    weight = jax.numpy.ones(3)
+    for function in (jax.jit(lambda w, *_: w.sum()), Plain(weight).log_likelihood, Plain(weight)):
+        likelihood = functools.partial(function, weight)
+        model = infsub.Model(3, lambda *_: ours(XS[0]), likelihood)
+        zeros = jax.tree.map(lambda _: 0, model)
+        assert jax.tree.structure(zeros) == jax.tree.structure(model)
+        assert jax.tree.leaves(zeros) == [0]
 
 
 def test_what_is_no_q_is_told_in_a_sentence():
