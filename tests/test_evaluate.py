@@ -46,6 +46,7 @@ def small(**fields):
 def trained(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("trained")
     config = small()
+    jax.clear_caches()  # of tests before this one that train the same: programs are to be counted
     train(config, workdir)
     assert evaluate.evaluate(config, workdir) == []
     return workdir
