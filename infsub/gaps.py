@@ -82,7 +82,7 @@ class Line(NamedTuple):
 
 
 def decimals(error: float, fewest: int = 2) -> int:
-    """Of a number with this standard error: to its leading digit, if that is a 1 to the next, at most 4."""
+    """Of a number with this standard error: to its leading digit, of a 1 to the next; `fewest` to 4."""
     if not 5e-5 <= error < math.inf:
         return 2
     exponent = math.floor(math.log10(error))

@@ -245,16 +245,20 @@ def _curvature(target: Target, z: Array) -> tuple[Linear, Linear, Linear]:
     """
 
     def outputs(z: Array) -> Array:
-        if target.outputs is None:
-            return z
-        flat = ravel_pytree(target.outputs(z))[0]
-        return flat.astype(jnp.promote_types(flat.dtype, z.dtype))  # P takes float32's digits
+        return z if target.outputs is None else ravel_pytree(wide(z))[0]
+
+    def wide(z: Array) -> Any:  # P takes float32's digits
+        def widened(leaf: Array) -> Array:
+            inexact = jnp.issubdtype(leaf.dtype, jnp.inexact)
+            return leaf.astype(jnp.promote_types(leaf.dtype, z.dtype)) if inexact else leaf
+
+        return jax.tree.map(widened, target.outputs(z))  # pyright: ignore[reportOptionalCall]
 
     def log_likelihood(flat: Array) -> Array:
         return log_likelihood_of_outputs(target, flat if target.outputs is None else unravel(flat))
 
     if target.outputs is not None:
-        shapes = jax.eval_shape(target.outputs, z)
+        shapes = jax.eval_shape(wide, z)
         _, unravel = ravel_pytree(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes))
     flat, push = jax.linearize(outputs, z)
     _, bend = jax.linearize(jax.grad(log_likelihood), flat)

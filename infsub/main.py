@@ -323,6 +323,9 @@ def run(
     refused, runs = [], configs.runs(config, workdir)
     for member, folder in runs:
         evaluation = folder / config.evaluate.name
+        summary = files.read_json(folder / "summary.json", records.SUMMARY) or {}
+        if failed and summary.get("ended") == "diverged":
+            continue
         try:
             if mode in ("run", "evaluate") and (bad := evaluate.evaluate(member, folder, shard)):
                 failed.append(f"an estimate is not finite at datapoints {bad} of {folder}")

@@ -32,6 +32,7 @@ from infsub import config as configs
 from infsub.datapoints import map_datapoints, number_of
 from infsub.keys import Stream, stream
 from infsub.measure import Settings
+from infsub.programs import Program, call
 from infsub.report import bars, page, runs, tables
 from infsub.report.runs import LoadedRun
 from infsub.types import Key, Model, Params, UserError, positive_int
@@ -314,8 +315,9 @@ def measure(
     block_size, chunk_size = subjects.sizes(num_points, num_chains, block_size or 0)
     if num_certified:  # its mistakes are told before all rows are measured, and not after them
         first = jax.tree.map(lambda leaf: leaf[0], xs)
+        program = Program(subjects.certificate, (params, subject), {"settings": settings})
         jax.eval_shape(
-            lambda key: subjects.certificate(key, first, params, subject, settings=settings), key
+            lambda key, x, arrays: call(program.code, arrays, key, x), key, first, program.arrays
         )
 
     def mapped(

@@ -22,12 +22,14 @@ class Member:
       why: it has diverged.
     """
 
-    def __init__(self, config: configs.Config, workdir: Path, keep_every_steps: int) -> None:
+    def __init__(
+        self, config: configs.Config, workdir: Path, keep_every_steps: int, num_seeds: int = 1
+    ) -> None:
         self.config, self.workdir = config, workdir
         run = records.read_run(workdir)
         self._per_epoch = run["steps_per_epoch"]
         # Seeds are written one after the other, and go on from a step that all of them have.
-        keep_last = max(config.train.keep_last, 2 if config.train.num_seeds > 1 else 1)
+        keep_last = max(config.train.keep_last, 2 if num_seeds > 1 else 1)
         self.checkpoints = Checkpoints(
             workdir / "checkpoints", run["identity"], keep_last, keep_every_steps
         )

@@ -97,24 +97,25 @@ class _Seen:
 
     def __init__(self, function: Callable[..., Any], owner: Any) -> None:
         self._function = function
-        self._state = [owner]
-        for value in vars(owner).values():
+        self._code = getattr(function, "__func__", None)
+        self._state: list[Any] = [_Static(owner)]
+        for name, value in vars(owner).items():
             try:
-                self._state += jax.tree.leaves(value)
+                leaves, structure = jax.tree.flatten(value)
             except (TypeError, ValueError):  # a dict whose keys have no order
-                self._state.append(value)
+                leaves, structure = [value], None
+            self._state += [name, structure, *map(_Static, leaves)]
 
     def __call__(self, *args: Any, **keywords: Any) -> Any:
         return self._function(*args, **keywords)
 
     def __hash__(self) -> int:
-        return id(self._state[0])
+        return hash(self._state[0])
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Seen) or len(self._state) != len(other._state):
+        if not isinstance(other, _Seen):
             return False
-        same = all(a is b for a, b in zip(self._state, other._state, strict=True))
-        return same and self._function == other._function
+        return self._code is other._code and self._state == other._state
 
 
 def unbound(function: Callable[..., Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:

@@ -239,7 +239,7 @@ def _job(config: configs.Config, workdir: Path, held: contextlib.ExitStack, pati
             steps_per_epoch=task.steps_per_epoch,
         )
     keep_every = train.keep_every * task.steps_per_epoch
-    members = [Member(each, folder, keep_every) for each, folder in runs]
+    members = [Member(each, folder, keep_every, len(runs)) for each, folder in runs]
     return Job(config, workdir, dataset, task, members, began)
 
 
@@ -305,11 +305,15 @@ def _restore(job: Job) -> tuple[Inputs, State]:
                 f"no checkpoint of {job.workdir} can be read: {damaged[0]}. Mend what keeps it from "
                 "being read, and the same command goes on; or remove all of them, and it begins anew."
             )
-        if any(member.checkpoints.steps() for member in members):
+        if any(len(member.checkpoints.steps()) > 1 for member in members):
             raise UserError(
                 f"the seeds of {job.workdir} that are to go on have no checkpoint of one step: put back "
                 "those that were removed, or remove all of them, and their training begins anew."
             )
+        if any(
+            member.checkpoints.steps() for member in members
+        ):  # killed while the first were written
+            files.say("not all seeds have a checkpoint: they begin anew.")
     for member in members:
         member.resume(state.step)
     return inputs, state

@@ -47,8 +47,11 @@ def as_partial(function: Callable[..., Any]) -> Partial:
         arrays = [leaf for leaf in jax.tree.leaves(inner) if isinstance(leaf, Array | np.ndarray)]
         if inner is function.func and not arrays:
             return function
+    # What stands in a Partial is its leaves: numbers, too.
+    numbers = np.generic | float | int | complex if isinstance(function, Partial) else np.ndarray
     code, args, keywords = unbound(function)
-    if all(isinstance(leaf, Array | np.ndarray) for leaf in jax.tree.leaves((args, keywords))):
+    bound = jax.tree.leaves((args, keywords))
+    if all(isinstance(leaf, Array | np.ndarray | numbers) for leaf in bound):
         if any(isinstance(leaf, Array | np.ndarray) for leaf in jax.tree.leaves(code)):
             args, code = (Packed(code), *args), _call_packed
         return Partial(code, *args, **keywords)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -12,7 +13,7 @@ from models import linear_gaussian
 import infsub
 from infsub import bounds, densities
 from infsub.samplers import as_sampler
-from infsub.types import Gaussian, Target
+from infsub.types import Gaussian, Target, as_partial
 
 MODEL = linear_gaussian(3, 5)
 N = 60
@@ -228,6 +229,55 @@ def test_an_object_that_is_called_or_its_method_is_what_it_is_now(make, compiled
             want = infsub.elbo(key, Target(None, likelihood, 3), ours(XS[0]), 20)
         np.testing.assert_allclose(found.log_weights, want.log_weights, rtol=1e-5)
     assert sizes == compiled
+
+
+def test_attributes_are_told_apart_by_name_and_value():
+    class Scaled:
+        def __init__(self, **attributes):
+            vars(self).update(attributes)
+
+        def log_likelihood(self, z):
+            return -sum(jax.numpy.sum(a * z**2) for a in (self.a, self.b) if a is not None)
+
+    one, two = jax.numpy.ones(3), jax.numpy.full(3, 2.0)
+    made = Scaled(a=one, b=None, options={"x": 1.5})
+    seen = [as_partial(made.log_likelihood)]
+    for attributes in ({"a": None, "b": one}, {"a": two}, {"options": {"y": 1.5}}):
+        vars(made).update(attributes)
+        seen.append(as_partial(made.log_likelihood))
+    assert len({each.func for each in seen}) == 4
+    made.options = {"y": float("1.5")}  # an equal value is the same
+    assert as_partial(made.log_likelihood).func == seen[-1].func
+
+
+def test_an_equal_object_is_the_same_program():
+    @dataclasses.dataclass(frozen=True)
+    class Likelihood:
+        scale: float
+
+        def __call__(self, z):
+            return -jax.numpy.sum(self.scale * z**2)
+
+    sizes = []
+    for _ in range(2):
+        before = bounds._elbo._cache_size()
+        infsub.elbo(jax.random.key(0), Target(None, Likelihood(0.1), 3), ours(XS[0]), 20)
+        sizes.append(bounds._elbo._cache_size() - before)
+    assert sizes == [1, 0]
+
+
+def test_a_number_in_a_partial_is_a_leaf():
+    @jax.jit
+    def log_likelihood(weight, scale, z):
+        return -jax.numpy.sum(scale * weight * z**2)
+
+    sizes = []
+    for scale in (0.1, 0.2):
+        function = jax.tree_util.Partial(log_likelihood, np.ones(3, np.float32), scale)
+        before = bounds._elbo._cache_size()
+        infsub.elbo(jax.random.key(0), Target(None, function, 3), ours(XS[0]), 20)
+        sizes.append(bounds._elbo._cache_size() - before)
+    assert sizes == [1, 0]
 
 
 def test_functions_keep_their_structure_whatever_their_leaves_are():

@@ -535,10 +535,18 @@ def test_seeds_together_are_the_runs_of_their_own(source, tmp_path):
     # Of one the last checkpoint was removed, and the other one is not at its end: there is no common step.
     shutil.rmtree(tmp_path / "seed_0/checkpoints")
     (tmp_path / "seed_1/summary.json").unlink()
+    shutil.copytree(
+        tmp_path / "seed_1/checkpoints/00000048", tmp_path / "seed_1/checkpoints/00000032"
+    )
     left = os.listdir(tmp_path / "seed_1/checkpoints")
     with pytest.raises(UserError, match="have no checkpoint of one step: put back those"):
         train(tiny_config(num_seeds=2), tmp_path)
     assert os.listdir(tmp_path / "seed_1/checkpoints") == left
+    # Killed while the first ones were written.
+    shutil.rmtree(tmp_path / "seed_1/checkpoints/00000032")
+    train(tiny_config(num_seeds=2, keep_last=1, checkpoint_seconds=0.0), tmp_path)
+    for seed in ("seed_0", "seed_1"):  # one may be written when the other is not
+        assert checkpoints.steps(tmp_path / seed / "checkpoints") == [32, 48]
 
 
 def test_what_is_due_every_few_epochs_is_done_then_and_no_more_is_kept(tmp_path, monkeypatch):

@@ -59,9 +59,10 @@ Gaussian of diagonal covariance; *full*, the one of full covariance; the flows p
 a flow with auxiliary variables; *own q*, the family that a model was trained with. IWAE is the importance-
 weighted bound. Points are the first 1,000 (50) of `binarized_mnist`, which has no labels, elsewhere as many
 of each class; of `…_at_model` the model simulates them. The certificate is what bidirectional Monte Carlo
-(BDMC) says of AIS: by how much it is off on points that the model simulates, at most. An experiment's command
-certifies on 200 points or none, which miss what fails at one in a thousand; shown is the one of the most
-points that there is of the model, where `certificate` made it, of 1,000. Few points can make most of it.
+(BDMC) says of AIS: by how much it is off on points that the model simulates, at most. Most experiments
+certify on 200 points or none, too few to see what fails at one point in a thousand; `certificate` does so on
+1,000. Shown is the certificate of the most points that there is for the same weights and AIS. A few points
+can make most of it.
 
 Rows are of the code of the revision *measured at*, under *The models*. After most were made the search for
 the q* of AF, RNVP and Sylvester grew: their L[q*] may be higher now, and [Experiments](../../README.md) says
@@ -317,7 +318,9 @@ def with_certificate(run: loaded.LoadedRun, other: loaded.LoadedRun | None) -> l
     if other is None:
         return run
     judged = judge(run.measured, run.found, other.certificate)
-    return run._replace(certificate=other.certificate, verdicts=judged)
+    settings = {n: v for n, v in other.settings.items() if n.startswith("evaluate.bdmc.")}
+    shown = {"certificate": other.certificate, "settings": run.settings | settings}
+    return run._replace(verdicts=judged, **shown)
 
 
 def out_of_order(cells: Sequence[Cell]) -> Iterator[str]:
