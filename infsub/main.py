@@ -262,6 +262,11 @@ def find_device() -> None:
         ) from error
 
 
+def _diverged(folder: Path) -> bool:
+    summary = files.read_json(folder / "summary.json", records.SUMMARY) or {}
+    return summary.get("ended") == "diverged"
+
+
 @contextlib.contextmanager
 def timed() -> Iterator[None]:
     """Keeps what is compiled, and says where the seconds went, if any went there."""
@@ -297,7 +302,7 @@ def run(
         train,
     )
 
-    failed = []
+    failed, refused, runs = [], [], configs.runs(config, workdir)
     trained = mode == "evaluate" or (mode == "run" and published.is_trained(config, workdir))
     if config.model.imported or trained:
         processes.apart(team)
@@ -320,12 +325,9 @@ def run(
                 if stopped.exit_code != 1 or mode == "train" or config.train.num_seeds == 1:
                     raise
                 failed.append(str(stopped).removesuffix("."))
-    refused, runs = [], configs.runs(config, workdir)
+                runs = [(member, folder) for member, folder in runs if not _diverged(folder)]
     for member, folder in runs:
         evaluation = folder / config.evaluate.name
-        summary = files.read_json(folder / "summary.json", records.SUMMARY) or {}
-        if failed and summary.get("ended") == "diverged":
-            continue
         try:
             if mode in ("run", "evaluate") and (bad := evaluate.evaluate(member, folder, shard)):
                 failed.append(f"an estimate is not finite at datapoints {bad} of {folder}")

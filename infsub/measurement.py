@@ -292,9 +292,7 @@ def measure(
     families = settings.families if families is None else families
     families = (families,) if isinstance(families, str) else families
     subject = subjects.of_model(model)
-    if num_certified:
-        positive_int("num_certified", num_certified)
-    if num_certified and subject.simulate is None:
+    if num_certified and positive_int("num_certified", num_certified) and subject.simulate is None:
         raise ValueError(
             "num_certified needs a model that simulates: give it sample_x, and sample_prior where it "
             "has a log_prior"

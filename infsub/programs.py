@@ -118,6 +118,11 @@ class _Seen:
         return self._code is other._code and self._state == other._state
 
 
+def has_arrays(tree: Any) -> bool:
+    """Whether any leaf is one of jax's or numpy's."""
+    return any(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(tree))
+
+
 def unbound(function: Callable[..., Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """A function without what partials have bound to it, and that: equal partials are the same.
 
@@ -142,7 +147,7 @@ def of_owner(function: Callable[..., Any]) -> Any:
         # What jax.jit and the like wrap is code.
         plain = hasattr(owner, "__dict__") and not hasattr(owner, "__wrapped__")
         return _Seen(function, owner) if plain and not isinstance(owner, _Seen) else function
-    if is_method and any(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves):
+    if is_method and has_arrays(leaves):
         return Method(function.__func__, owner)
     return function
 

@@ -310,9 +310,8 @@ def _restore(job: Job) -> tuple[Inputs, State]:
                 f"the seeds of {job.workdir} that are to go on have no checkpoint of one step: put back "
                 "those that were removed, or remove all of them, and their training begins anew."
             )
-        if any(
-            member.checkpoints.steps() for member in members
-        ):  # killed while the first were written
+        if any(member.checkpoints.steps() for member in members):
+            # Killed while the first ones were written.
             files.say("not all seeds have a checkpoint: they begin anew.")
     for member in members:
         member.resume(state.step)

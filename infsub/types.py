@@ -20,7 +20,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Float
 
-from infsub.programs import Packed, of_owner, unbound
+from infsub.programs import Packed, has_arrays, of_owner, unbound
 
 Array = jax.Array
 # Checked when a test calls, with every D and K of one call the same; never in a user's process.
@@ -42,17 +42,15 @@ def as_partial(function: Callable[..., Any]) -> Partial:
     A function may be a partial of arrays, or a module that is called or a method of one, whose arrays
     are leaves too. They are read now: of a module that is trained in place, make it anew.
     """
+    leaf_types: tuple[type, ...] = (Array, np.ndarray)
     if isinstance(function, Partial):
         inner = of_owner(function.func)
-        arrays = [leaf for leaf in jax.tree.leaves(inner) if isinstance(leaf, Array | np.ndarray)]
-        if inner is function.func and not arrays:
+        if inner is function.func and not has_arrays(inner):
             return function
-    # What stands in a Partial is its leaves: numbers, too.
-    numbers = np.generic | float | int | complex if isinstance(function, Partial) else np.ndarray
+        leaf_types += (np.generic, float, int, complex)  # what stands in a Partial is its leaves
     code, args, keywords = unbound(function)
-    bound = jax.tree.leaves((args, keywords))
-    if all(isinstance(leaf, Array | np.ndarray | numbers) for leaf in bound):
-        if any(isinstance(leaf, Array | np.ndarray) for leaf in jax.tree.leaves(code)):
+    if all(isinstance(leaf, leaf_types) for leaf in jax.tree.leaves((args, keywords))):
+        if has_arrays(code):
             args, code = (Packed(code), *args), _call_packed
         return Partial(code, *args, **keywords)
     return Partial(function)

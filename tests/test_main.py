@@ -280,6 +280,9 @@ def test_seeds_that_fail_are_named_and_the_others_are_done(tmp_path, monkeypatch
         monkeypatch.setattr(records, name, lambda *_: None)
     monkeypatch.setattr(evaluate, "evaluate", evaluate_one)
     monkeypatch.setattr(report, "report", report_one)
+    # Where another one's estimates are not finite, one that diverged before is done all the same.
+    (tmp_path / "seed_2").mkdir()
+    files.write_json(tmp_path / "seed_2/summary.json", {"ended": "diverged", "step": 3})
     config = configs.default()
     config.train.num_seeds = 3
     with pytest.raises(records.Stopped) as stopped:

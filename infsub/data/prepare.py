@@ -303,10 +303,11 @@ def _blocks(response: http.client.HTTPResponse, timeout: float) -> Iterator[byte
 
 def _progress(label: str, total: int, initial: int, unit: str) -> Any:
     """A bar on a terminal, one plain line elsewhere."""
-    if not on_terminal():
+    shown = on_terminal()
+    if not shown:
         print(f"{label}: {total:,} {'bytes' if unit == 'B' else unit.strip()}", file=sys.stderr)
-    shown = {"unit": unit, "unit_scale": True, "disable": not on_terminal()}
-    return tqdm(desc=label, total=total, initial=initial, **shown)
+    scale: dict[str, Any] = {"unit": unit, "unit_scale": True}
+    return tqdm(desc=label, total=total, initial=initial, disable=not shown, **scale)
 
 
 def _write(name: str, root: Path, files: dict[str, Path]) -> None:

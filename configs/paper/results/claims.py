@@ -107,11 +107,8 @@ def _not_found(run: LoadedRun, family: str) -> str:
     if family == "gaussian" or start not in run.lines:
         return ""
     gain, error = difference(run, name, run, start)
-    return (
-        ""
-        if gain > gaps.MEAN_ERRORS * error
-        else f"{family_label(family)} found no better than full"
-    )
+    found = gain > gaps.MEAN_ERRORS * error
+    return "" if found else f"{family_label(family)} found no better than full"
 
 
 def flows_amortise(runs: Runs) -> list[Finding]:

@@ -347,8 +347,8 @@ def off_the_grid(cells: Sequence[Cell]) -> Iterator[str]:
     found = []
     for cell in cells:
         if rows.GRID.name in cell.run.lines:
-            mean, error = loaded.difference(cell.run, rows.GRID.name, cell.run, rows.LOG_PX.name)
-            found.append(f"{gaps.with_error(mean, error)} (`{cell.name}`)".replace("-", "−", 1))
+            missed = loaded.difference(cell.run, rows.GRID.name, cell.run, rows.LOG_PX.name)
+            found.append(str(claims.Finding(f"`{cell.name}`", *missed)))
     if found:
         yield (
             f"The grid's log p(x) − log p̂, in nats: {', '.join(found)}. Where AIS starts at one mode of a "
